@@ -1,0 +1,236 @@
+"""Builds csrc/ into one native module, tnt_kernels/_native, that knows nothing of torch.
+
+csrc/cpu/kernels.cpp is compiled once per SIMD tier, each time with its own -m flags. bindings.cpp and
+dispatch.cpp get no -m flag: they run before the processor's features are known.
+docs/environment.md lists the variables that are read here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-fPIC",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+]
+
+
+class Tier(NamedTuple):
+    name: str
+    flags: list[str]
+    probe: str  # a statement that the compiler and the assembler must both know
+
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+BF16_PROBE = "_mm512_dpbf16_ps(_mm512_setzero_ps(), __m512bh(), __m512bh())"
+
+PORTABLE = Tier("portable", [], "")
+X86_TIERS = [
+    Tier("avx2", AVX2, "_mm256_fmadd_ps(_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps())"),
+    Tier("avx512", AVX512, "_mm512_setzero_ps()"),
+    Tier("avx512_bf16", AVX512_BF16, BF16_PROBE),
+    Tier("amx", [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"], "_tile_dpbf16ps(0, 1, 2)"),
+]
+AMX_EMULATED = Tier("amx_emulated", AVX512_BF16, BF16_PROBE)
+
+
+def say(message: str) -> None:
+    print(f"tnt_kernels: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> None:
+    raise SystemExit(f"tnt_kernels: {message}")
+
+
+def tri_state(name: str) -> bool | None:
+    """The value of a build variable: unset or empty = None, 1 = True, 0 = False."""
+    value = os.environ.get(name, "").strip()
+    if value not in ("", "0", "1"):
+        fail(f"{name}={value}: must be 1 (build it), 0 (skip it) or unset (build it where possible)")
+    return None if value == "" else value == "1"
+
+
+def jobs() -> int:
+    value = os.environ.get("MAX_JOBS", "").strip()
+    if not value:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not value.isdigit() or int(value) == 0:
+        fail(f"MAX_JOBS={value}: must be a whole number, 1 or more")
+    return int(value)
+
+
+def find_compiler() -> list[str] | None:
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        return command if shutil.which(command[0]) else None
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return [found] if found else None
+
+
+def find_ninja() -> str | None:
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+
+
+def compiles(compiler: list[str], flags: list[str], source: str, link: bool = False) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source)
+        command = [*compiler, *flags, "-w", *([] if link else ["-c"]), str(path), "-o", str(path.with_suffix(".out"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def choose_tiers(compiler: list[str]) -> list[Tier]:
+    tiers = [PORTABLE]
+    if not compiles(compiler, [], "#ifndef __x86_64__\n#error not x86-64\n#endif\n"):
+        return tiers
+    wanted = [*X86_TIERS, *([AMX_EMULATED] if tri_state("TNT_BUILD_AMX_EMULATION") else [])]
+    for tier in wanted:
+        if compiles(compiler, tier.flags, f"#include <immintrin.h>\nvoid probe() {{ {tier.probe}; }}\n"):
+            tiers.append(tier)
+        else:
+            say(f"the compiler does not know {' '.join(tier.flags)}: built without tier {tier.name}")
+    return tiers
+
+
+def openmp_flags(compiler: list[str]) -> list[str]:
+    source = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
+    if compiles(compiler, ["-fopenmp"], source, link=True):
+        return ["-fopenmp"]
+    say("the compiler has no OpenMP (-fopenmp): built without it, the CPU kernels run on one thread")
+    return []
+
+
+def sanitizer_flags() -> list[str]:
+    names = os.environ.get("TNT_SANITIZE", "").strip()
+    if not names:
+        return []
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O2", "-g"]
+
+
+def link_flags(compiler: list[str], sanitizers: list[str]) -> list[str]:
+    if sys.platform == "darwin":
+        return ["-bundle", "-undefined", "dynamic_lookup"]
+    flags = ["-shared", "-Wl,--version-script=exports.map"]
+    # The C++ runtime goes inside, so that an older libstdc++ in the process (conda's, say) does no harm.
+    # libgomp stays outside: by its name libgomp.so.1 the loader finds the one that torch brought along.
+    static = ["-static-libstdc++", "-static-libgcc"]
+    source = "#include <string>\nint main() { return std::string().size(); }\n"
+    if not sanitizers and compiles(compiler, static, source, link=True):
+        flags += static
+    return flags
+
+
+def ninja_path(path: str | Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_command(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        if tri_state("TNT_BUILD_CUDA"):
+            fail("TNT_BUILD_CUDA=1: this release has no CUDA kernels; unset it, or set it to 0")
+        wanted = tri_state("TNT_BUILD_CPU")
+        if wanted is False:
+            say("TNT_BUILD_CPU=0: installed without the native module, every op runs in plain PyTorch")
+            return
+        compiler = find_compiler()
+        ninja = find_ninja()
+        missing = self.missing_tool(compiler, ninja)
+        if missing or compiler is None or ninja is None:
+            if wanted:
+                fail(f"TNT_BUILD_CPU=1, but {missing}")
+            say(f"{missing}: installed without the native module, every op runs in plain PyTorch")
+            return
+
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "exports.map").write_text("{ global: PyInit__native; local: *; };\n")
+        (folder / "build.ninja").write_text(self.ninja_file(compiler, folder, output))
+        if subprocess.run([ninja, "-C", str(folder), "-j", str(jobs())]).returncode:
+            fail("the native module did not compile (the messages stand above); TNT_BUILD_CPU=0 installs without it")
+
+    @staticmethod
+    def missing_tool(compiler: list[str] | None, ninja: str | None) -> str | None:
+        if os.name == "nt":
+            return "the native module is not available on Windows"
+        if compiler is None:
+            return "no C++ compiler found (CXX, c++, g++, clang++)"
+        if ninja is None:
+            return "ninja not found (pip install ninja)"
+        return None
+
+    @staticmethod
+    def ninja_file(compiler: list[str], folder: Path, output: Path) -> str:
+        import pybind11
+
+        sanitizers = sanitizer_flags()
+        openmp = openmp_flags(compiler)
+        tiers = choose_tiers(compiler)
+        # The user's flags come first: where the two disagree, ours hold.
+        flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *COMMON_FLAGS, *openmp, *sanitizers]
+        have = [f"-DTNT_HAVE_{tier.name.upper()}=1" for tier in tiers]
+        python = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+        units = [("bindings", "csrc/bindings.cpp", [*have, *python]), ("dispatch", "csrc/cpu/dispatch.cpp", have)]
+        for tier in tiers:
+            defines = [f"-DTNT_TIER={tier.name}", f"-DTNT_TIER_{tier.name.upper()}=1"]
+            units.append((f"kernels_{tier.name}", "csrc/cpu/kernels.cpp", [*defines, *tier.flags]))
+
+        link = [*link_flags(compiler, sanitizers), *openmp, *sanitizers[:1], *shlex.split(os.environ.get("LDFLAGS", ""))]
+        lines = [
+            "ninja_required_version = 1.8",
+            "rule compile",
+            f"  command = {ninja_command(compiler)} -MMD -MF $out.d {ninja_command(flags)} $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            f"  command = {ninja_command(compiler)} $in {ninja_command(link)} -o $out",
+            "  description = link $out",
+        ]
+        objects = []
+        for name, source, own_flags in units:
+            objects.append(f"{name}.o")
+            lines += [f"build {name}.o: compile {ninja_path(ROOT / source)}", f"  flags = {ninja_command(own_flags)}"]
+        lines += [f"build {ninja_path(output)}: link {' '.join(objects)}", ""]
+        return "\n".join(lines)
+
+
+setup(
+    # optional: setuptools then accepts that a build without a compiler leaves no file
+    ext_modules=[Extension("tnt_kernels._native", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
