@@ -7,6 +7,7 @@ docs/environment.md lists the variables that are read here.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,6 +36,9 @@ COMMON_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+
+# Shares no pybind11 state with other modules in the process: their C++ runtime may be another one.
+PRIVATE_PYBIND11 = ['-DPYBIND11_COMPILER_TYPE="_tnt_kernels"']
 
 
 class Tier(NamedTuple):
@@ -62,7 +66,7 @@ def say(message: str) -> None:
     print(f"tnt_kernels: {message}", file=sys.stderr, flush=True)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     raise SystemExit(f"tnt_kernels: {message}")
 
 
@@ -84,9 +88,12 @@ def jobs() -> int:
 
 
 def find_compiler() -> list[str] | None:
+    if os.name == "nt":
+        return None  # the flags are those of GCC and Clang
     if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
-        return command if shutil.which(command[0]) else None
+        program, *options = shlex.split(os.environ["CXX"])
+        found = shutil.which(program)
+        return [found, *options] if found else None
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [found] if found else None
 
@@ -99,21 +106,22 @@ def find_ninja() -> str | None:
     return shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
 
 
-def compiles(compiler: list[str], flags: list[str], source: str, link: bool = False) -> bool:
+def compiles(compiler: list[str], flags: list[str], source: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.cpp")
         path.write_text(source)
-        command = [*compiler, *flags, "-w", *([] if link else ["-c"]), str(path), "-o", str(path.with_suffix(".out"))]
+        command = [*compiler, "-w", str(path), "-o", str(path.with_suffix(".out")), *flags]
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def choose_tiers(compiler: list[str]) -> list[Tier]:
     tiers = [PORTABLE]
-    if not compiles(compiler, [], "#ifndef __x86_64__\n#error not x86-64\n#endif\n"):
+    if not compiles(compiler, ["-c"], "#ifndef __x86_64__\n#error not x86-64\n#endif\n"):
         return tiers
     wanted = [*X86_TIERS, *([AMX_EMULATED] if tri_state("TNT_BUILD_AMX_EMULATION") else [])]
     for tier in wanted:
-        if compiles(compiler, tier.flags, f"#include <immintrin.h>\nvoid probe() {{ {tier.probe}; }}\n"):
+        source = f"#include <immintrin.h>\nvoid probe() {{ {tier.probe}; }}\n"
+        if compiles(compiler, ["-c", *tier.flags], source):
             tiers.append(tier)
         else:
             say(f"the compiler does not know {' '.join(tier.flags)}: built without tier {tier.name}")
@@ -122,7 +130,7 @@ def choose_tiers(compiler: list[str]) -> list[Tier]:
 
 def openmp_flags(compiler: list[str]) -> list[str]:
     source = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
-    if compiles(compiler, ["-fopenmp"], source, link=True):
+    if compiles(compiler, ["-fopenmp"], source):
         return ["-fopenmp"]
     say("the compiler has no OpenMP (-fopenmp): built without it, the CPU kernels run on one thread")
     return []
@@ -143,7 +151,7 @@ def link_flags(compiler: list[str], sanitizers: list[str]) -> list[str]:
     # libgomp stays outside: by its name libgomp.so.1 the loader finds the one that torch brought along.
     static = ["-static-libstdc++", "-static-libgcc"]
     source = "#include <string>\nint main() { return std::string().size(); }\n"
-    if not sanitizers and compiles(compiler, static, source, link=True):
+    if not sanitizers and compiles(compiler, static, source):
         flags += static
     return flags
 
@@ -156,6 +164,45 @@ def ninja_command(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
+def ninja_file(compiler: list[str], output: Path) -> str:
+    import pybind11
+
+    sanitizers = sanitizer_flags()
+    openmp = openmp_flags(compiler)
+    tiers = choose_tiers(compiler)
+    # The user's flags come first: where the two disagree, ours hold.
+    compile_flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *COMMON_FLAGS, *openmp, *sanitizers]
+    link = [*link_flags(compiler, sanitizers), *openmp, *sanitizers[:1]]
+    link += shlex.split(os.environ.get("LDFLAGS", ""))
+
+    have = [f"-DTNT_HAVE_{tier.name.upper()}=1" for tier in tiers]
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    units = {
+        "bindings.o": ("csrc/bindings.cpp", [*have, *PRIVATE_PYBIND11, *includes]),
+        "dispatch.o": ("csrc/cpu/dispatch.cpp", have),
+    }
+    for tier in tiers:
+        defines = [f"-DTNT_TIER={tier.name}", f"-DTNT_TIER_{tier.name.upper()}=1"]
+        units[f"kernels_{tier.name}.o"] = ("csrc/cpu/kernels.cpp", [*defines, *tier.flags])
+
+    command = ninja_command(compiler)
+    lines = [
+        "rule compile",
+        f"  command = {command} {ninja_command(compile_flags)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {command} $in {ninja_command(link)} -o $out",
+        "  description = link $out",
+    ]
+    for target, (source, flags) in units.items():
+        lines.append(f"build {target}: compile {ninja_path(ROOT / source)}")
+        lines.append(f"  flags = {ninja_command(flags)}")
+    lines.append(f"build {ninja_path(output)}: link {' '.join(units)}")
+    return "\n".join(lines) + "\n"
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if tri_state("TNT_BUILD_CUDA"):
@@ -165,68 +212,24 @@ class BuildNative(build_ext):
             say("TNT_BUILD_CPU=0: installed without the native module, every op runs in plain PyTorch")
             return
         compiler = find_compiler()
-        ninja = find_ninja()
-        missing = self.missing_tool(compiler, ninja)
-        if missing or compiler is None or ninja is None:
+        if compiler is None:
+            missing = "no C++ compiler found (CXX, c++, g++, clang++)"
             if wanted:
                 fail(f"TNT_BUILD_CPU=1, but {missing}")
             say(f"{missing}: installed without the native module, every op runs in plain PyTorch")
             return
+        ninja = find_ninja()
+        if ninja is None or importlib.util.find_spec("pybind11") is None:
+            fail("building without isolation needs two packages: pip install pybind11 ninja")
 
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         (folder / "exports.map").write_text("{ global: PyInit__native; local: *; };\n")
-        (folder / "build.ninja").write_text(self.ninja_file(compiler, folder, output))
+        (folder / "build.ninja").write_text(ninja_file(compiler, output))
         if subprocess.run([ninja, "-C", str(folder), "-j", str(jobs())]).returncode:
-            fail("the native module did not compile (the messages stand above); TNT_BUILD_CPU=0 installs without it")
-
-    @staticmethod
-    def missing_tool(compiler: list[str] | None, ninja: str | None) -> str | None:
-        if os.name == "nt":
-            return "the native module is not available on Windows"
-        if compiler is None:
-            return "no C++ compiler found (CXX, c++, g++, clang++)"
-        if ninja is None:
-            return "ninja not found (pip install ninja)"
-        return None
-
-    @staticmethod
-    def ninja_file(compiler: list[str], folder: Path, output: Path) -> str:
-        import pybind11
-
-        sanitizers = sanitizer_flags()
-        openmp = openmp_flags(compiler)
-        tiers = choose_tiers(compiler)
-        # The user's flags come first: where the two disagree, ours hold.
-        flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *COMMON_FLAGS, *openmp, *sanitizers]
-        have = [f"-DTNT_HAVE_{tier.name.upper()}=1" for tier in tiers]
-        python = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-
-        units = [("bindings", "csrc/bindings.cpp", [*have, *python]), ("dispatch", "csrc/cpu/dispatch.cpp", have)]
-        for tier in tiers:
-            defines = [f"-DTNT_TIER={tier.name}", f"-DTNT_TIER_{tier.name.upper()}=1"]
-            units.append((f"kernels_{tier.name}", "csrc/cpu/kernels.cpp", [*defines, *tier.flags]))
-
-        link = [*link_flags(compiler, sanitizers), *openmp, *sanitizers[:1], *shlex.split(os.environ.get("LDFLAGS", ""))]
-        lines = [
-            "ninja_required_version = 1.8",
-            "rule compile",
-            f"  command = {ninja_command(compiler)} -MMD -MF $out.d {ninja_command(flags)} $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $out",
-            "rule link",
-            f"  command = {ninja_command(compiler)} $in {ninja_command(link)} -o $out",
-            "  description = link $out",
-        ]
-        objects = []
-        for name, source, own_flags in units:
-            objects.append(f"{name}.o")
-            lines += [f"build {name}.o: compile {ninja_path(ROOT / source)}", f"  flags = {ninja_command(own_flags)}"]
-        lines += [f"build {ninja_path(output)}: link {' '.join(objects)}", ""]
-        return "\n".join(lines)
+            fail("the native module did not compile, see above; TNT_BUILD_CPU=0 installs without it")
 
 
 setup(
