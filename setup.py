@@ -207,16 +207,15 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if tri_state("TNT_BUILD_CUDA"):
             fail("TNT_BUILD_CUDA=1: this release has no CUDA kernels; unset it, or set it to 0")
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
         wanted = tri_state("TNT_BUILD_CPU")
-        if wanted is False:
-            say("TNT_BUILD_CPU=0: installed without the native module, every op runs in plain PyTorch")
-            return
-        compiler = find_compiler()
+        compiler = None if wanted is False else find_compiler()
         if compiler is None:
-            missing = "no C++ compiler found (CXX, c++, g++, clang++)"
+            why = "TNT_BUILD_CPU=0" if wanted is False else "no C++ compiler found (CXX, c++, g++, clang++)"
             if wanted:
-                fail(f"TNT_BUILD_CPU=1, but {missing}")
-            say(f"{missing}: installed without the native module, every op runs in plain PyTorch")
+                fail(f"TNT_BUILD_CPU=1, but {why}")
+            say(f"{why}: installed without the native module, every op runs in plain PyTorch")
+            output.unlink(missing_ok=True)  # of an earlier build
             return
         ninja = find_ninja()
         if ninja is None or importlib.util.find_spec("pybind11") is None:
@@ -224,7 +223,6 @@ class BuildNative(build_ext):
 
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         (folder / "exports.map").write_text("{ global: PyInit__native; local: *; };\n")
         (folder / "build.ninja").write_text(ninja_file(compiler, output))

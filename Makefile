@@ -1,0 +1,51 @@
+# Every target runs from a fresh clone: it makes .venv and installs what it needs there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test bench lint format sanitize clean native
+
+demo: $(VENV)/.programs native
+	$(BIN)/python -m tnt_kernels demo
+
+test: export TNT_BUILD_AMX_EMULATION = 1
+test: $(VENV)/.test native
+	$(BIN)/python -m pytest -rs
+
+bench: $(VENV)/.bench native
+	$(BIN)/python -m tnt_kernels bench
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+sanitize: $(VENV)/.test
+	PYTHON=$(BIN)/python tools/sanitize
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tnt_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Ninja compiles only what changed.
+native:
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# torch comes first and pinned: left to a dependency, pip takes the newest build, gigabytes of CUDA with it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $$(grep '^torch==' constraints.txt) setuptools pybind11 ninja
+	touch $@
+
+# $(VENV)/.test has the extra [test], and so on; the native module is the target above.
+$(VENV)/.%: $(VENV)/.torch pyproject.toml
+	TNT_BUILD_CPU=0 $(INSTALL) -e '.[$*]'
+	touch $@
+
+.PRECIOUS: $(VENV)/.torch
