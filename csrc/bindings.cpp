@@ -1,0 +1,214 @@
+// The only file that knows Python: checks sizes, releases the GIL, calls the active tier.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <climits>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using tnt::DType;
+using tnt::Param;
+
+DType dtype_of(int code) {
+  if (code != tnt::kFloat32 && code != tnt::kBFloat16)
+    throw std::invalid_argument("dtype code " + std::to_string(code) + " is neither 0 (float32) nor 1 (bfloat16)");
+  return static_cast<DType>(code);
+}
+
+const void* address(uintptr_t p) { return reinterpret_cast<const void*>(p); }
+void* writable(uintptr_t p) { return reinterpret_cast<void*>(p); }
+
+std::vector<Param> params_of(const std::vector<uintptr_t>& pointers, const std::vector<int>& dtypes, size_t count) {
+  if (pointers.size() != count || dtypes.size() != count)
+    throw std::invalid_argument("got " + std::to_string(pointers.size()) + " parameter pointers and " +
+                                std::to_string(dtypes.size()) + " dtypes, need " + std::to_string(count));
+  std::vector<Param> params;
+  for (size_t i = 0; i < count; ++i) params.push_back({address(pointers[i]), dtype_of(dtypes[i])});
+  return params;
+}
+
+void need(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+template <class Args>
+void call(bool (*kernel)(const Args&), const Args& args) {
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = kernel(args);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void inner_block(uintptr_t x, uintptr_t out, int io_dtype, int compute_dtype, int64_t sentences, int64_t m, int64_t c,
+                 int64_t hidden, int64_t heads, int parts, float scale, float eps1, float eps2,
+                 const std::vector<uintptr_t>& weights, const std::vector<int>& weight_dtypes, int threads) {
+  need(parts >= 1 && parts <= 3, "inner_block: parts must be 1 (attention), 2 (mlp) or 3 (both)");
+  need(sentences >= 0 && m >= 1 && c >= 1 && threads >= 1, "inner_block: sentences >= 0, m, c and threads >= 1 needed");
+  const bool attention = parts & tnt::kAttention, mlp = parts & tnt::kMlp;
+  need(!attention || (heads >= 1 && c % heads == 0), "inner_block: heads must divide c");
+  need(!mlp || hidden >= 1, "inner_block: hidden must be at least 1");
+  const std::vector<Param> w = params_of(weights, weight_dtypes, 14);
+  need(!attention || (w[2].ptr && w[4].ptr && w[6].ptr), "inner_block: qk, v and proj weights are needed");
+  need(!mlp || (w[10].ptr && w[12].ptr), "inner_block: fc1 and fc2 weights are needed");
+  if (sentences == 0) return;
+  need(x != 0 && out != 0, "inner_block: x and out must not be null");
+  const tnt::InnerBlockArgs args = {
+      address(x), writable(out), dtype_of(io_dtype), dtype_of(compute_dtype), sentences, m,    c,    hidden, heads,
+      parts,      scale,         eps1,               eps2,                    w[0],      w[1], w[2], w[3],   w[4],
+      w[5],       w[6],          w[7],               w[8],                    w[9],      w[10], w[11], w[12], w[13],
+      threads};
+  call(tnt::active_tier().kernels->inner_block, args);
+}
+
+void pixel_embed(uintptr_t image, int image_dtype, const std::vector<int64_t>& strides, int64_t batch,
+                 int64_t channels, int64_t height, int64_t width, uintptr_t weight, uintptr_t bias, uintptr_t position,
+                 const std::vector<int>& param_dtypes, uintptr_t out, int out_dtype, int compute_dtype, int64_t c,
+                 int64_t kernel, int64_t patch_h, int64_t patch_w, int64_t stride, bool legacy, int threads) {
+  need(strides.size() == 4, "pixel_embed: four strides needed");
+  need(batch >= 0 && channels >= 1 && height >= 1 && width >= 1 && c >= 1 && threads >= 1,
+       "pixel_embed: batch >= 0, channels, height, width, c and threads >= 1 needed");
+  need(kernel >= 1 && kernel % 2 == 1, "pixel_embed: kernel must be odd");
+  need(stride >= 1 && patch_h >= 1 && patch_w >= 1, "pixel_embed: stride and patch must be at least 1");
+  need(height % patch_h == 0 && width % patch_w == 0, "pixel_embed: patch must divide the image");
+  need(!legacy || (patch_h % stride == 0 && patch_w % stride == 0), "pixel_embed: legacy needs stride to divide patch");
+  const std::vector<Param> p = params_of({weight, bias, position}, param_dtypes, 3);
+  need(p[0].ptr != nullptr, "pixel_embed: weight is needed");
+  if (batch == 0) return;
+  need(image != 0 && out != 0, "pixel_embed: image and out must not be null");
+  const tnt::PixelEmbedArgs args = {address(image),
+                                    dtype_of(image_dtype),
+                                    {strides[0], strides[1], strides[2], strides[3]},
+                                    batch,
+                                    channels,
+                                    height,
+                                    width,
+                                    p[0],
+                                    p[1],
+                                    p[2],
+                                    writable(out),
+                                    dtype_of(out_dtype),
+                                    dtype_of(compute_dtype),
+                                    c,
+                                    kernel,
+                                    patch_h,
+                                    patch_w,
+                                    stride,
+                                    legacy,
+                                    threads};
+  call(tnt::active_tier().kernels->pixel_embed, args);
+}
+
+void word_to_sentence(uintptr_t words, int words_dtype, uintptr_t tokens, uintptr_t out, int tokens_dtype,
+                      int64_t token_batch_stride, int64_t batch, int64_t n, int64_t m, int64_t c, int64_t d,
+                      int64_t norm1_size, const std::vector<uintptr_t>& weights, const std::vector<int>& weight_dtypes,
+                      float eps1, float eps2, int compute_dtype, int threads) {
+  need(batch >= 0 && n >= 1 && m >= 1 && c >= 1 && d >= 1 && threads >= 1,
+       "word_to_sentence: batch >= 0, n, m, c, d and threads >= 1 needed");
+  need(norm1_size == m * c || norm1_size == c, "word_to_sentence: norm1 must normalise m * c values or c");
+  const std::vector<Param> w = params_of(weights, weight_dtypes, 6);
+  need(w[2].ptr != nullptr, "word_to_sentence: weight is needed");
+  if (batch == 0) return;
+  need(words != 0 && tokens != 0 && out != 0, "word_to_sentence: words, tokens and out must not be null");
+  const tnt::WordToSentenceArgs args = {
+      address(words), dtype_of(words_dtype), address(tokens), writable(out), dtype_of(tokens_dtype),
+      token_batch_stride, batch, n, m * c, d, norm1_size, w[0], w[1], w[2], w[3], w[4], w[5], eps1, eps2,
+      dtype_of(compute_dtype), threads};
+  call(tnt::active_tier().kernels->word_to_sentence, args);
+}
+
+void add_layer_norm(uintptr_t x, uintptr_t y, uintptr_t sum, int x_dtype, int y_dtype, uintptr_t weight,
+                    uintptr_t bias, int weight_dtype, uintptr_t out, int out_dtype, int64_t rows, int64_t d, float eps,
+                    int threads) {
+  need(rows >= 0 && d >= 1 && threads >= 1, "add_layer_norm: rows >= 0, d and threads >= 1 needed");
+  if (rows == 0) return;
+  need(x != 0 && out != 0, "add_layer_norm: x and out must not be null");
+  need(y == 0 || sum != 0, "add_layer_norm: y needs sum_out");
+  const DType wd = dtype_of(weight_dtype);
+  const tnt::AddLayerNormArgs args = {address(x),
+                                      address(y),
+                                      writable(sum),
+                                      dtype_of(x_dtype),
+                                      dtype_of(y_dtype),
+                                      {address(weight), wd},
+                                      {address(bias), wd},
+                                      writable(out),
+                                      dtype_of(out_dtype),
+                                      rows,
+                                      d,
+                                      eps,
+                                      threads};
+  call(tnt::active_tier().kernels->add_layer_norm, args);
+}
+
+// 64 words spread evenly over a buffer, mixed: tells cheaply whether its contents have changed.
+uint64_t sample(uintptr_t p, uint64_t nbytes) {
+  constexpr uint64_t kSamples = 64;
+  const char* bytes = static_cast<const char*>(address(p));
+  uint64_t hash = 1469598103934665603ull ^ nbytes;
+  const uint64_t words = nbytes / 4, count = words < kSamples ? words : kSamples;
+  for (uint64_t i = 0; i < count; ++i) {
+    uint32_t word;
+    std::memcpy(&word, bytes + words * i / count * 4, 4);
+    hash = (hash ^ word) * 1099511628211ull;
+  }
+  for (uint64_t i = words * 4; i < nbytes; ++i) hash = (hash ^ static_cast<uint8_t>(bytes[i])) * 1099511628211ull;
+  return hash;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+#if defined(_OPENMP)
+  info["openmp"] = "yes";
+#else
+  info["openmp"] = "no: the kernels run on one thread";
+#endif
+  info["cuda"] = "no";
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Native kernels of tnt_kernels. Pointers are integers; 0 means absent.";
+  module.def("tiers", [] {
+    std::vector<std::pair<std::string, std::string>> list;
+    for (const tnt::Tier& t : tnt::tiers()) list.emplace_back(t.name, t.why_not);
+    return list;
+  });
+  module.def("tier", [] { return std::string(tnt::active_tier().name); });
+  module.def("set_tier", &tnt::set_tier, py::arg("name"));
+  module.def("build_info", &build_info);
+  module.def("sample", &sample, py::arg("ptr"), py::arg("nbytes"));
+  module.def("inner_block", &inner_block, py::arg("x"), py::arg("out"), py::arg("io_dtype"), py::arg("compute_dtype"),
+             py::arg("sentences"), py::arg("m"), py::arg("c"), py::arg("hidden"), py::arg("heads"), py::arg("parts"),
+             py::arg("scale"), py::arg("eps1"), py::arg("eps2"), py::arg("weights"), py::arg("weight_dtypes"),
+             py::arg("threads"));
+  module.def("pixel_embed", &pixel_embed, py::arg("image"), py::arg("image_dtype"), py::arg("strides"),
+             py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("weight"),
+             py::arg("bias"), py::arg("position"), py::arg("param_dtypes"), py::arg("out"), py::arg("out_dtype"),
+             py::arg("compute_dtype"), py::arg("c"), py::arg("kernel"), py::arg("patch_h"), py::arg("patch_w"),
+             py::arg("stride"), py::arg("legacy"), py::arg("threads"));
+  module.def("word_to_sentence", &word_to_sentence, py::arg("words"), py::arg("words_dtype"), py::arg("tokens"),
+             py::arg("out"), py::arg("tokens_dtype"), py::arg("token_batch_stride"), py::arg("batch"), py::arg("n"),
+             py::arg("m"), py::arg("c"), py::arg("d"), py::arg("norm1_size"), py::arg("weights"),
+             py::arg("weight_dtypes"), py::arg("eps1"), py::arg("eps2"), py::arg("compute_dtype"), py::arg("threads"));
+  module.def("add_layer_norm", &add_layer_norm, py::arg("x"), py::arg("y"), py::arg("sum_out"), py::arg("x_dtype"),
+             py::arg("y_dtype"), py::arg("weight"), py::arg("bias"), py::arg("weight_dtype"), py::arg("out"),
+             py::arg("out_dtype"), py::arg("rows"), py::arg("d"), py::arg("eps"), py::arg("threads"));
+}

@@ -1,0 +1,102 @@
+// Between token-major memory, [words, c], and channel-major registers, [c, words]: a word per lane.
+#pragma once
+
+#include "simd.h"
+
+namespace tnt {
+namespace TNT_TIER {
+namespace {
+
+// `words` rows of c channels at `from` (row r at from + r * stride) into lanes [0, L) of x [c, ld].
+// Lanes past the last word become zero.
+template <class T>
+TNT_INLINE void load_words(const T* from, int64_t stride, int words, int64_t c, float* x, int64_t ld) {
+  for (int64_t k = 0; k < c; k += L) {
+    const int n = static_cast<int>(least(L, c - k));
+    vf r[L];
+    if (n == L && words == L) {
+      for (int i = 0; i < L; ++i) r[i] = load_io(from + i * stride + k);
+    } else {
+      for (int i = 0; i < L; ++i)
+        r[i] = i >= words ? splat(0.0f) : n == L ? load_io(from + i * stride + k) : load_part(from + i * stride + k, n);
+    }
+    transpose(r);
+    if (n == L) {
+      for (int i = 0; i < L; ++i) store(x + (k + i) * ld, r[i]);
+    } else {
+      for (int i = 0; i < L; ++i)
+        if (i < n) store(x + (k + i) * ld, r[i]);
+    }
+  }
+}
+
+// The way back. `add` (row r at add + r * add_stride), if given, is added to every row.
+template <class T, class A>
+TNT_INLINE void store_words(T* to, int64_t stride, int words, int64_t c, const float* x, int64_t ld,
+                            const A* add = nullptr, int64_t add_stride = 0) {
+  for (int64_t k = 0; k < c; k += L) {
+    const int n = static_cast<int>(least(L, c - k));
+    vf r[L];
+    for (int i = 0; i < L; ++i) r[i] = i < n ? load(x + (k + i) * ld) : splat(0.0f);
+    transpose(r);
+    for (int i = 0; i < L; ++i) {
+      if (i >= words) continue;
+      vf row = r[i];
+      if (n == L) {
+        if (add != nullptr) row += load_io(add + i * add_stride + k);
+        store_io(to + i * stride + k, row);
+      } else {
+        if (add != nullptr) row += load_part(add + i * add_stride + k, n);
+        store_part(to + i * stride + k, row, n);
+      }
+    }
+  }
+}
+
+struct Affine {
+  float* gain;
+  float* shift;
+
+  void plan(Arena& arena, int64_t n) {
+    gain = arena.take<float>(round_up(n, 2));
+    shift = arena.take<float>(round_up(n, 2));
+  }
+};
+
+// LayerNorm over the n rows of x [n, ld], one vector of lanes: emit(k, even, odd) gets rows k and k + 1
+// (zeros for an odd row past the end). Mean first, then the variance of what is left: no cancellation.
+template <class Emit>
+TNT_INLINE void layer_norm(const float* x, int64_t ld, int64_t n, const Affine& affine, float eps, Emit emit) {
+  vf sum[4] = {};
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4)
+    for (int i = 0; i < 4; ++i) sum[i] += load(x + (k + i) * ld);
+  for (; k < n; ++k) sum[0] += load(x + k * ld);
+  const float inverse = 1.0f / static_cast<float>(n);
+  const vf mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
+
+  vf square[4] = {};
+  for (k = 0; k + 4 <= n; k += 4) {
+    for (int i = 0; i < 4; ++i) {
+      const vf d = load(x + (k + i) * ld) - mean;
+      square[i] += d * d;
+    }
+  }
+  for (; k < n; ++k) {
+    const vf d = load(x + k * ld) - mean;
+    square[0] += d * d;
+  }
+  const vf variance = ((square[0] + square[1]) + (square[2] + square[3])) * inverse;
+  const vf rstd = splat(1.0f) / sqrt_(variance + eps);
+
+  for (k = 0; k < n; k += 2) {
+    const vf even = (load(x + k * ld) - mean) * rstd * affine.gain[k] + affine.shift[k];
+    const vf odd = k + 1 < n ? (load(x + (k + 1) * ld) - mean) * rstd * affine.gain[k + 1] + affine.shift[k + 1]
+                             : splat(0.0f);
+    emit(k, even, odd);
+  }
+}
+
+}  // namespace
+}  // namespace TNT_TIER
+}  // namespace tnt
