@@ -1,0 +1,158 @@
+"""Every registered operator of the namespace ``tnt_kernels``: schema, fake and gradient rule.
+
+The kernels register themselves for their device (backends/cpu.py, outer.py). compute_dtype is the
+dtype in which the operands of matrix products are held, None for that of the input; sums, LayerNorm
+statistics and softmax are float32 in every case, and float16 is computed in float32 on the CPU.
+Ambient autocast has no influence on an operator: the public functions turn it into compute_dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tnt_kernels import _checks, dispatch
+from tnt_kernels.backends import reference
+
+lib = torch.library.Library("tnt_kernels", "DEF")
+
+
+def _define(name: str, schema: str, composite: Callable[..., Any]) -> Any:
+    """Defines an operator that runs `composite`, in plain PyTorch, whenever autograd must record it."""
+    lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.tnt_kernels, name).default
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if dispatch.gradient_needed(*_tensors(args)) or forward_ad._current_level >= 0:
+            dispatch.choose(name, needs_grad=True)  # refuses where the cpu backend is forced
+            return composite(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    lib.impl(name, autograd, "Autograd", with_keyset=True)
+    return op
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    found = []
+    for value in args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
+
+
+pixel_embed = _define(
+    "pixel_embed",
+    "(Tensor image, Tensor weight, Tensor? bias, Tensor? position, int patch_h, int patch_w, int stride, "
+    "bool legacy, ScalarType? compute_dtype) -> Tensor",
+    reference.pixel_embed_in,
+)
+inner_attention = _define(
+    "inner_attention",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qk_weight, Tensor? qk_bias, Tensor v_weight, "
+    "Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, int num_heads, float scale, float eps, "
+    "ScalarType? compute_dtype) -> Tensor",
+    reference.inner_attention_in,
+)
+inner_mlp = _define(
+    "inner_mlp",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+    "Tensor fc2_weight, Tensor? fc2_bias, float eps, ScalarType? compute_dtype) -> Tensor",
+    reference.inner_mlp_in,
+)
+inner_block = _define(
+    "inner_block",
+    "(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qk_weight, Tensor? qk_bias, "
+    "Tensor v_weight, Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, "
+    "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+    "Tensor fc2_weight, Tensor? fc2_bias, int num_heads, float scale, float eps1, float eps2, "
+    "ScalarType? compute_dtype) -> Tensor",
+    reference.inner_block_in,
+)
+word_to_sentence = _define(
+    "word_to_sentence",
+    "(Tensor words, Tensor tokens, Tensor norm1_weight, Tensor norm1_bias, Tensor weight, Tensor? bias, "
+    "Tensor? norm2_weight, Tensor? norm2_bias, float eps1, float eps2, ScalarType? compute_dtype) -> Tensor",
+    reference.word_to_sentence_in,
+)
+# (x + y, LayerNorm(x + y)). Without y the first result is an empty tensor of shape [0], because an
+# operator must not return one of its arguments.
+add_layer_norm = _define(
+    "add_layer_norm",
+    "(Tensor x, Tensor? y, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype) -> (Tensor, Tensor)",
+    reference.add_layer_norm,
+)
+# x times the weights joined along their outputs: one product for q, k and v.
+packed_linear = _define(
+    "packed_linear",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, bool gelu) -> Tensor",
+    reference.packed_linear,
+)
+
+
+@torch.library.register_fake("tnt_kernels::pixel_embed", lib=lib)
+def _(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    patch_h: int,
+    patch_w: int,
+    stride: int,
+    legacy: bool,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    n, m, c = _checks.check_pixel_embed(
+        image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype
+    )
+    dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
+    return image.new_empty((image.shape[0] * n, m, c), dtype=dtype)
+
+
+@torch.library.register_fake("tnt_kernels::inner_attention", lib=lib)
+def _(x: Tensor, *args: Any) -> Tensor:
+    *parameters, num_heads, _scale, _eps, compute_dtype = args
+    _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("tnt_kernels::inner_mlp", lib=lib)
+def _(x: Tensor, *args: Any) -> Tensor:
+    *parameters, _eps, compute_dtype = args
+    _checks.check_inner_mlp(x, *parameters, compute_dtype)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("tnt_kernels::inner_block", lib=lib)
+def _(x: Tensor, *args: Any) -> Tensor:
+    *parameters, num_heads, _scale, _eps1, _eps2, compute_dtype = args
+    _checks.check_inner_block(x, *parameters, num_heads, compute_dtype)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("tnt_kernels::word_to_sentence", lib=lib)
+def _(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:
+    *parameters, _eps1, _eps2, compute_dtype = args
+    _checks.check_word_to_sentence(words, tokens, *parameters, compute_dtype)
+    return tokens.new_empty(tokens.shape)
+
+
+@torch.library.register_fake("tnt_kernels::add_layer_norm", lib=lib)
+def _(
+    x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    _checks.check_add_layer_norm(x, y, weight, bias)
+    total = x.new_empty(0 if y is None else x.shape)
+    return total, x.new_empty(x.shape, dtype=x.dtype if out_dtype is None else out_dtype)
+
+
+@torch.library.register_fake("tnt_kernels::packed_linear", lib=lib)
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], gelu: bool) -> Tensor:
+    _checks.check_packed_linear(x, weights, biases)
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))

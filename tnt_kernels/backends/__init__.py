@@ -1,0 +1,1 @@
+"""One module per backend; each computes every operation that it supports."""

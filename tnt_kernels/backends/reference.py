@@ -1,0 +1,242 @@
+"""Every operation in plain PyTorch: any device, any floating dtype, differentiable.
+
+This is the fallback of every other backend, the oracle of the tests and the baseline of the
+benchmarks. An active torch.autocast acts here as it acts on the reference model; the functions named
+`*_in` do what a registered operator promises, in the compute_dtype given and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "inner_attention",
+    "inner_attention_in",
+    "inner_block",
+    "inner_block_in",
+    "inner_mlp",
+    "inner_mlp_in",
+    "layer_norm",
+    "packed_linear",
+    "pixel_embed",
+    "pixel_embed_dtype",
+    "pixel_embed_in",
+    "word_to_sentence",
+    "word_to_sentence_in",
+]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the trailing dimension; parameters may be of a wider dtype than x."""
+    if weight.dtype == x.dtype and bias.dtype == x.dtype:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.promote_types(weight.dtype, bias.dtype))
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def attention(
+    x: Tensor,  # [S, m, c]
+    qk_weight: Tensor,  # [2c, c]: queries, then keys; head-major inside each
+    qk_bias: Tensor | None,
+    v_weight: Tensor,  # [c, c]
+    v_bias: Tensor | None,
+    proj_weight: Tensor,  # [c, c]
+    proj_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    s, m, c = x.shape
+    qk = F.linear(x, qk_weight, qk_bias).reshape(s, m, 2, num_heads, c // num_heads)
+    q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
+    v = F.linear(x, v_weight, v_bias).reshape(s, m, num_heads, c // num_heads).transpose(1, 2)
+    probabilities = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
+    return F.linear((probabilities @ v).transpose(1, 2).reshape(s, m, c), proj_weight, proj_bias)
+
+
+def inner_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    y = layer_norm(x, norm_weight, norm_bias, eps)
+    return x + attention(y, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, num_heads, scale)
+
+
+def inner_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    y = layer_norm(x, norm_weight, norm_bias, eps)
+    return x + F.linear(F.gelu(F.linear(y, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def inner_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    eps1: float,
+    eps2: float,
+) -> Tensor:
+    y = inner_attention(
+        x, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
+        num_heads, scale, eps1,
+    )  # fmt: skip
+    return inner_mlp(y, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps2)
+
+
+def pixel_embed(
+    image: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [c, C, k, k]
+    bias: Tensor | None,  # [c]
+    position: Tensor | None,  # [1, m, c]
+    patch_h: int,
+    patch_w: int,
+    stride: int,
+    legacy: bool,
+) -> Tensor:
+    batch, channels, height, width = image.shape
+    c, kernel = weight.shape[0], weight.shape[-1]
+    rows, columns = height // patch_h, width // patch_w
+    word_rows, word_columns = -(-patch_h // stride), -(-patch_w // stride)
+    if legacy:
+        # One convolution over the whole image; its output is cut into words afterwards.
+        y = F.conv2d(image, weight, bias, stride=stride, padding=kernel // 2)
+        y = y.reshape(batch, c, rows, word_rows, columns, word_columns).permute(0, 2, 4, 3, 5, 1)
+    else:
+        # Each patch is an image of its own, so that zeros pad at the patch's border.
+        patches = image.reshape(batch, channels, rows, patch_h, columns, patch_w)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(
+            batch * rows * columns, channels, patch_h, patch_w
+        )
+        y = F.conv2d(patches, weight, bias, stride=stride, padding=kernel // 2).permute(0, 2, 3, 1)
+    y = y.reshape(batch * rows * columns, word_rows * word_columns, c)
+    return y if position is None else y + position
+
+
+def word_to_sentence(
+    words: Tensor,  # [B*n, m, c]
+    tokens: Tensor,  # [B, n+1, d]
+    norm1_weight: Tensor,  # [m*c], or [c]: each word normalised on its own (timm's legacy network)
+    norm1_bias: Tensor,
+    weight: Tensor,  # [d, m*c]
+    bias: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    eps1: float,
+    eps2: float,
+) -> Tensor:
+    batch, n = tokens.shape[0], tokens.shape[1] - 1
+    m, c = words.shape[1:]
+    if norm1_weight.shape[0] == m * c:
+        y = layer_norm(words.reshape(batch, n, m * c), norm1_weight, norm1_bias, eps1)
+    else:
+        y = layer_norm(words, norm1_weight, norm1_bias, eps1).reshape(batch, n, m * c)
+    y = F.linear(y, weight, bias)
+    if norm2_weight is not None and norm2_bias is not None:
+        y = layer_norm(y, norm2_weight, norm2_bias, eps2)
+    return torch.cat([tokens[:, :1], (tokens[:, 1:] + y).to(tokens.dtype)], dim=1)
+
+
+def add_layer_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    total = x if y is None else x + y.to(x.dtype)
+    normed = layer_norm(total, weight, bias, eps).to(x.dtype if out_dtype is None else out_dtype)
+    return (x.new_empty(0) if y is None else total), normed
+
+
+def packed_linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gelu: bool
+) -> Tensor:
+    out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    return F.gelu(out) if gelu else out
+
+
+def _in_compute_dtype(
+    function: Callable[..., Tensor],
+    compute_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+    *args: Any,
+) -> Tensor:
+    device = args[0].device.type
+    if compute_dtype in (torch.bfloat16, torch.float16) and device != "meta":
+        with torch.autocast(device, dtype=compute_dtype):
+            return function(*args).to(out_dtype)
+    if compute_dtype is not None:
+        args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
+    if device == "meta":
+        return function(*args).to(out_dtype)
+    with torch.autocast(device, enabled=False):
+        return function(*args).to(out_dtype)
+
+
+def pixel_embed_dtype(
+    image: Tensor, position: Tensor | None, compute_dtype: torch.dtype | None
+) -> torch.dtype:
+    """Dtype of pixel_embed's result: that of the convolution, widened by the position's."""
+    dtype = image.dtype if compute_dtype is None else compute_dtype
+    return dtype if position is None else torch.promote_types(dtype, position.dtype)
+
+
+def pixel_embed_in(
+    image: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, *args: Any
+) -> Tensor:
+    *options, compute_dtype = args
+    out_dtype = pixel_embed_dtype(image, position, compute_dtype)
+    return _in_compute_dtype(pixel_embed, compute_dtype, out_dtype, image, weight, bias, position, *options)
+
+
+def inner_attention_in(x: Tensor, *args: Any) -> Tensor:
+    *rest, compute_dtype = args
+    return _in_compute_dtype(inner_attention, compute_dtype, x.dtype, x, *rest)
+
+
+def inner_mlp_in(x: Tensor, *args: Any) -> Tensor:
+    *rest, compute_dtype = args
+    return _in_compute_dtype(inner_mlp, compute_dtype, x.dtype, x, *rest)
+
+
+def inner_block_in(x: Tensor, *args: Any) -> Tensor:
+    *rest, compute_dtype = args
+    return _in_compute_dtype(inner_block, compute_dtype, x.dtype, x, *rest)
+
+
+def word_to_sentence_in(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:
+    *rest, compute_dtype = args
+    return _in_compute_dtype(word_to_sentence, compute_dtype, tokens.dtype, words, tokens, *rest)

@@ -1,0 +1,157 @@
+"""Which backend runs an operation.
+
+``TNT_BACKEND`` (read when the package is imported) or :func:`use_backend` force a backend; otherwise
+``auto`` takes the fastest one that can run the call. ``reference`` is plain PyTorch: any device,
+any floating dtype, differentiable. ``cpu`` is the native module.
+"""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar, Token
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from tnt_kernels import native
+
+__all__ = ["BACKENDS", "can_run_cpu", "choose", "requested", "use_backend"]
+
+BACKENDS = ("reference", "cpu")
+
+CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+# Fake and functional tensors stand for plain ones while a program is traced. Any other subclass
+# means something to its author that a kernel on raw memory would lose.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
+_NO_BACKWARD = "a gradient is needed, and the cpu backend has no backward pass (use torch.no_grad())"
+
+_override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)
+# The same for traced code: Dynamo guards on a module's variables and not on context variables.
+_traced_override: str | None = None
+_environment = os.environ.get("TNT_BACKEND", "auto").strip().lower() or "auto"
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{where} must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+
+
+def requested() -> str:
+    """Returns the backend asked for: the innermost :func:`use_backend`, else TNT_BACKEND, else "auto".
+
+    Raises:
+        ValueError: TNT_BACKEND names no backend.
+    """
+    name = _traced_override if torch.compiler.is_compiling() else _override.get()
+    if name is None:
+        name = _environment
+        _check_name(name, "TNT_BACKEND")
+    return name
+
+
+class use_backend:
+    """Context manager that forces a backend for the calls of this thread (or task) made inside it.
+
+    Args:
+        name: "auto", "reference" or "cpu". A forced backend that cannot run a call raises
+            RuntimeError with the reason; it never falls back.
+
+    Functions compiled by torch.compile follow the choice too, and are compiled again when it changes;
+    for them it holds in every thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        _check_name(name, "use_backend: name")
+        self.name = name
+        self._entered: list[tuple[Token[str | None] | None, str | None]] = []
+
+    def __enter__(self) -> use_backend:
+        global _traced_override
+        token = None if torch.compiler.is_compiling() else _override.set(self.name)
+        self._entered.append((token, _traced_override))
+        _traced_override = self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _traced_override
+        token, _traced_override = self._entered.pop()
+        if token is not None:
+            _override.reset(token)
+
+
+def gradient_needed(*tensors: Tensor | None) -> bool:
+    """Returns whether autograd would have to record an operation on these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _reason_of_call(tensors: tuple[Tensor | None, ...], needs_grad: bool | None) -> str | None:
+    recording = torch.is_grad_enabled() if needs_grad is None else False
+    if needs_grad:
+        return _NO_BACKWARD
+    if forward_ad._current_level >= 0:
+        return "forward-mode automatic differentiation is active"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN:
+            return f"an argument is a {type(tensor).__name__}, not a plain tensor"
+        if recording and tensor.requires_grad:
+            return _NO_BACKWARD
+        if not tensor.is_cpu:
+            return f"a tensor is on {tensor.device}, not on the CPU"
+        if tensor.dtype not in CPU_DTYPES:
+            return f"a tensor is of dtype {tensor.dtype}; float32, bfloat16 and float16 are supported"
+    return None
+
+
+def can_run_cpu(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str | None:
+    """Returns None when the native CPU backend can run the call, otherwise the reason why it cannot.
+
+    Args:
+        op: name of the operation (every operation has the same conditions today).
+        tensors: every tensor argument of the call; None for an absent one.
+        needs_grad: whether autograd must record the call; None finds out from the tensors.
+    """
+    reason = _reason_of_call(tensors, needs_grad)
+    if reason is None and native.load() is None:
+        reason = native.why_missing()
+    return reason
+
+
+def choose(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str:
+    """Returns the backend that runs the call: "cpu" or "reference".
+
+    Args:
+        op: name of the operation, for messages.
+        tensors: every tensor argument of the call; None for an absent one.
+        needs_grad: whether autograd must record the call; None finds out from the tensors.
+
+    Raises:
+        RuntimeError: a backend is forced and cannot run the call.
+    """
+    wanted = requested()
+    if wanted == "reference":
+        return "reference"
+    reason = _reason_of_call(tensors, needs_grad)
+    if reason is None:
+        if native.load() is not None:
+            return "cpu"
+        if wanted == "auto":
+            native.warn_once()
+        reason = native.why_missing()
+    if wanted == "cpu":
+        raise RuntimeError(f"{op}: the cpu backend is forced but cannot run this call: {reason}")
+    return "reference"

@@ -1,0 +1,56 @@
+"""The first half of the inner block: attention over the words of every sentence."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tnt_kernels import _checks, _ops, dispatch
+from tnt_kernels.backends import reference
+from tnt_kernels.ops._autocast import compute_dtype_of
+
+
+def inner_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Returns x + Attention(LN(x)), every sentence attending to its own words.
+
+    Args:
+        x: [S, m, c], S sentences (zero allowed) of m words.
+        norm_weight, norm_bias: [c].
+        qk_weight, qk_bias: [2c, c] and [2c] or None; queries first, then keys, heads outermost in each.
+        v_weight, v_bias: [c, c] and [c] or None.
+        proj_weight, proj_bias: [c, c] and [c] or None.
+        num_heads: divides c.
+        scale: factor of the scores; None means (c / num_heads) ** -0.5.
+        eps: added to the variance in the LayerNorm.
+
+    Returns:
+        [S, m, c] in the dtype of x, contiguous. Dtypes, autocast and errors as in
+        :func:`~tnt_kernels.ops.inner_block`.
+
+    Source: "Transformer in Transformer", arXiv 2103.00112, equation 5.
+    """
+    parameters = (
+        norm_weight, norm_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
+    )  # fmt: skip
+    _checks.check_tensor("inner_attention", "x", x, _checks.STREAM)
+    backend = dispatch.choose("inner_attention", x, *parameters)
+    compute_dtype = compute_dtype_of(x)
+    if scale is None:
+        scale = _checks.default_scale(x, num_heads)
+    if backend == "cpu":
+        return _ops.inner_attention(x, *parameters, num_heads, scale, eps, compute_dtype)
+    _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
+    return reference.inner_attention(x, *parameters, num_heads, scale, eps).to(x.dtype)

@@ -1,0 +1,45 @@
+"""The second half of the inner block: the MLP of every word."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tnt_kernels import _checks, _ops, dispatch
+from tnt_kernels.backends import reference
+from tnt_kernels.ops._autocast import compute_dtype_of
+
+
+def inner_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Returns x + fc2(GELU(fc1(LN(x)))) with the exact GELU (erf).
+
+    Args:
+        x: [S, m, c], S sentences (zero allowed) of m words.
+        norm_weight, norm_bias: [c].
+        fc1_weight, fc1_bias: [hidden, c] and [hidden] or None.
+        fc2_weight, fc2_bias: [c, hidden] and [c] or None.
+        eps: added to the variance in the LayerNorm.
+
+    Returns:
+        [S, m, c] in the dtype of x, contiguous. Dtypes, autocast and errors as in
+        :func:`~tnt_kernels.ops.inner_block`.
+
+    Source: "Transformer in Transformer", arXiv 2103.00112, equation 6.
+    """
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _checks.check_tensor("inner_mlp", "x", x, _checks.STREAM)
+    backend = dispatch.choose("inner_mlp", x, *parameters)
+    compute_dtype = compute_dtype_of(x)
+    if backend == "cpu":
+        return _ops.inner_mlp(x, *parameters, eps, compute_dtype)
+    _checks.check_inner_mlp(x, *parameters, compute_dtype)
+    return reference.inner_mlp(x, *parameters, eps).to(x.dtype)
