@@ -1,0 +1,327 @@
+"""The build and the installation: flags, tiers, symbols, threads, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_VARIABLES = (
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "MAX_JOBS",
+    "PYTHONPATH",
+    "TNT_BUILD_AMX_EMULATION",
+    "TNT_BUILD_CPU",
+    "TNT_BUILD_CUDA",
+    "TNT_SANITIZE",
+)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files and /proc")
+
+BINDINGS = """
+#include <pybind11/pybind11.h>
+#include <stdexcept>
+int run(int n);
+PYBIND11_MODULE(_native, m) { m.def("run", &run); }
+"""
+DISPATCH = """
+#include <stdexcept>
+#if defined(__AVX2__)
+#error the dispatcher has -m flags
+#endif
+namespace portable { int run(int n); }
+int run(int n) {
+  if (n < 0) throw std::invalid_argument("n is negative");
+  return portable::run(n);
+}
+"""
+KERNELS = """
+#include "increment.h"
+namespace TNT_TIER { int run(int n) { return n + INCREMENT; } }
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's variables without those that steer a build, and without nvcc on PATH."""
+    kept = {k: v for k, v in os.environ.items() if k not in BUILD_VARIABLES}
+    folders = kept.get("PATH", os.defpath).split(os.pathsep)
+    kept["PATH"] = os.pathsep.join(folder for folder in folders if not Path(folder, "nvcc").exists())
+    return {**kept, **changes}
+
+
+def run(*command: str | Path, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment(**changes), capture_output=True, text=True
+    )
+
+
+def output(*command: str | Path, cwd: Path = ROOT, **changes: str) -> str:
+    result = run(*command, cwd=cwd, **changes)
+    assert result.returncode == 0, f"{command}:\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def build(tree: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, **changes)
+
+
+def compiled(result: subprocess.CompletedProcess[str]) -> set[str]:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return set(re.findall(r"\] compile (\w+)\.o", result.stdout))
+
+
+def modules(tree: Path) -> list[Path]:
+    return sorted((tree / "tnt_kernels").glob("_native*.so"))
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Path:
+    """The project's setup.py with sources that compile in a moment."""
+    tree = tmp_path / "a tree"  # with a blank, as in many home folders
+    (tree / "csrc/cpu").mkdir(parents=True)
+    (tree / "tnt_kernels").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tnt_kernels/_version.py"):
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "tnt_kernels/__init__.py").touch()
+    (tree / "csrc/bindings.cpp").write_text(BINDINGS)
+    (tree / "csrc/cpu/dispatch.cpp").write_text(DISPATCH)
+    (tree / "csrc/cpu/kernels.cpp").write_text(KERNELS)
+    (tree / "csrc/cpu/increment.h").write_text("#define INCREMENT 1\n")
+    return tree
+
+
+def test_rebuild_compiles_what_changed(small_tree: Path) -> None:
+    first = compiled(build(small_tree, TNT_BUILD_AMX_EMULATION="1"))
+    assert {"bindings", "dispatch", "kernels_portable"} <= first
+    assert ("kernels_amx_emulated" in first) == ("kernels_avx512_bf16" in first)
+    assert compiled(build(small_tree, TNT_BUILD_AMX_EMULATION="1")) == set()
+
+    (small_tree / "csrc/cpu/increment.h").write_text("#define INCREMENT 5\n")
+    again = compiled(build(small_tree, TNT_BUILD_AMX_EMULATION="1"))
+    assert again == {name for name in first if name.startswith("kernels_")}
+    call = "import torch, tnt_kernels._native as n; print(n.run(2))"
+    assert output(sys.executable, "-c", call, cwd=small_tree) == "7\n"
+    call = "import torch, tnt_kernels._native as n; n.run(-1)"
+    assert "ValueError: n is negative" in run(sys.executable, "-c", call, cwd=small_tree).stderr
+
+
+def test_compiler_without_amx_and_openmp(small_tree: Path) -> None:
+    compiler = small_tree / "old c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mamx*|*-fopenmp*) echo unknown option >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    result = build(small_tree, CXX=f"'{compiler}'")
+    assert "kernels_amx" not in compiled(result)
+    said = [line for line in result.stderr.splitlines() if line.startswith("tnt_kernels: ")]
+    assert sum("OpenMP" in line for line in said) == 1
+    if "kernels_avx2" in result.stdout:
+        assert sum("built without tier amx" in line for line in said) == 1
+
+
+def test_without_a_compiler(small_tree: Path) -> None:
+    result = build(small_tree, CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert not modules(small_tree)
+    said = [line for line in result.stderr.splitlines() if line.startswith("tnt_kernels: ")]
+    assert len(said) == 1
+    assert "no C++ compiler found" in said[0]
+
+
+def test_a_skipped_build_leaves_no_older_module(small_tree: Path) -> None:
+    output(sys.executable, "setup.py", "-q", "build", cwd=small_tree)
+    assert list(small_tree.glob("build/lib*/tnt_kernels/_native*"))
+    output(sys.executable, "setup.py", "-q", "build", cwd=small_tree, TNT_BUILD_CPU="0")
+    assert not list(small_tree.glob("build/lib*/tnt_kernels/_native*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"TNT_BUILD_CPU": "1", "CXX": "no-such-compiler"}, "TNT_BUILD_CPU=1, but no C++ compiler found"),
+        ({"TNT_BUILD_CUDA": "1"}, "TNT_BUILD_CUDA=1"),
+        ({"TNT_BUILD_CUDA": "yes"}, "TNT_BUILD_CUDA=yes: must be 1"),
+        ({"TNT_BUILD_CPU": "on"}, "TNT_BUILD_CPU=on: must be 1"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS=0: must be a whole number, 1 or more"),
+    ],
+)
+def test_a_build_that_cannot_be_says_so_in_one_line(
+    small_tree: Path, changes: dict[str, str], message: str
+) -> None:
+    result = build(small_tree, **changes)
+    assert result.returncode != 0
+    assert result.stderr.startswith(f"tnt_kernels: {message}")
+    assert len(result.stderr.splitlines()) == 1
+    assert not modules(small_tree)
+
+
+def test_a_compile_error_fails_the_build(small_tree: Path) -> None:
+    (small_tree / "csrc/cpu/kernels.cpp").write_text("#error broken\n")
+    result = build(small_tree)
+    assert result.returncode != 0
+    assert "TNT_BUILD_CPU=0 installs without it" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution of this tree, made and unpacked elsewhere."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "golden")
+    shutil.copytree(ROOT, folder / "copy", ignore=ignore)
+    output(sys.executable, "setup.py", "-q", "sdist", cwd=folder / "copy")
+    (archive,) = (folder / "copy/dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    (tree,) = folder.glob("tnt_kernels-*")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def installed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new virtual environment that holds this package and not even torch."""
+    folder = tmp_path_factory.mktemp("venv")
+    output(sys.executable, "-m", "venv", folder)
+    python = folder / "bin/python"
+    start = time.perf_counter()
+    output(python, "-m", "pip", "install", "--no-deps", "--no-cache-dir", unpacked)
+    print(f"\npip install took {time.perf_counter() - start:.0f} s on {os.cpu_count()} processors")
+    return python
+
+
+def native_file(python: Path) -> Path:
+    (path,) = python.parent.parent.glob("lib/python3*/site-packages/tnt_kernels/_native*.so")
+    return path
+
+
+@pytest.mark.network
+def test_installed_files_and_metadata(installed: Path) -> None:
+    script = """
+import importlib.metadata as metadata, json
+found = metadata.distribution("tnt_kernels")
+print(json.dumps([found.version, found.metadata.get_all("Provides-Extra"), [str(f) for f in found.files]]))
+"""
+    version, extras, files = json.loads(output(installed, "-c", script, cwd=installed.parent))
+    assert f'"{version}"' in (ROOT / "tnt_kernels/_version.py").read_text()
+    assert set(extras) >= {"timm", "programs", "test", "bench"}
+    package = {path for path in files if path.startswith("tnt_kernels/")}
+    tracked = output("git", "ls-files", "tnt_kernels").split() if (ROOT / ".git").exists() else []
+    assert set(tracked) <= package, "files that the repository has and the installation has not"
+    assert "tnt_kernels/py.typed" in package
+    assert any(path.endswith("LICENSE") for path in files)
+    assert not [path for path in files if path.startswith(("csrc", "tests", "benchmarks"))]
+
+
+@pytest.mark.network
+def test_native_module_loads_without_torch(installed: Path) -> None:
+    script = f"""
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("tnt_kernels._native", {str(native_file(installed))!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert importlib.util.find_spec("torch") is None
+print(json.dumps([module.tiers(), module.tier()]))
+"""
+    tiers, active = json.loads(output(installed, "-c", script, cwd=installed.parent))
+    names = [name for name, _ in tiers]
+    assert "portable" in names
+    assert "amx_emulated" not in names
+    assert active == next(name for name, why_not in tiers if not why_not)
+
+
+@linux
+@pytest.mark.network
+def test_symbols_of_the_native_module(installed: Path) -> None:
+    module = native_file(installed)
+    exported = [line.split()[-1] for line in output("nm", "-D", "--defined-only", module).splitlines()]
+    assert exported == ["PyInit__native"]
+    undefined = output("nm", "-D", "--undefined-only", module)
+    assert not re.search("torch|c10|_ZN2at", undefined)
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", module)))
+    system = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"}
+    assert needed - system - {lib for lib in needed if lib.startswith("ld-linux")} <= {"libgomp.so.1"}
+
+
+@linux
+@pytest.mark.network
+def test_tiers_share_no_symbol(installed: Path, unpacked: Path) -> None:
+    # The linker keeps one of several weak symbols of the same name: perhaps the AVX-512 one, for all tiers.
+    objects = sorted(unpacked.glob("build/temp*/kernels_*.o"))
+    assert len(objects) >= 1
+    owner: dict[str, str] = {}
+    for path in objects:
+        for line in output("nm", "-C", "--defined-only", path).splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            assert kind not in "WwVvuC", f"{path.name} emits {name} as a weak symbol"
+            if kind.isupper():
+                assert owner.setdefault(name, path.name) == path.name, f"{name} is in two tiers"
+
+
+@linux
+@pytest.mark.network
+def test_one_thread_pool_serves_torch_and_the_kernels(installed: Path) -> None:
+    script = """
+import os, torch
+from tnt_kernels import native, ops, use_backend
+torch.set_num_threads(2)
+module = native.load()
+assert module is not None, native.why_missing()
+print(module.__file__)
+a = torch.randn(512, 512)
+a @ a + a.exp()
+before = len(os.listdir("/proc/self/task"))
+with use_backend("cpu"):
+    ops.pixel_embed(torch.randn(4, 3, 64, 64), torch.randn(24, 3, 7, 7))
+print(len(os.listdir("/proc/self/task")) - before)
+pools = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}
+print(*pools)
+"""
+    # The new environment has no torch: it takes this one's, and its own tnt_kernels goes first.
+    paths = [native_file(installed).parent.parent, Path(torch.__file__).parent.parent]
+    result = output(
+        installed, "-c", script, cwd=installed.parent, PYTHONPATH=os.pathsep.join(map(str, paths))
+    )
+    file, new_threads, pool = result.splitlines()
+    assert Path(file) == native_file(installed)
+    assert new_threads == "0"
+    assert Path(pool).parent == Path(torch.__file__).parent / "lib"
+
+
+def source_files() -> list[Path]:
+    files = [ROOT / "setup.py"]
+    for folder in ("tnt_kernels", "csrc", "benchmarks", "python", "tools"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    return files
+
+
+def test_every_environment_variable_is_documented() -> None:
+    reads = re.compile(
+        r"""(?:environ(?:\.\w+\(|\[)|getenv\(|tri_state\()\s*["'](\w+)["']   # read by name
+            |["'](TNT_[A-Z0-9_]+)["']                                        # or a name of ours anywhere
+        """,
+        re.VERBOSE,
+    )
+    page = (ROOT / "docs/environment.md").read_text()
+    documented = set(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
+    documented = {name for cell in documented for name in re.findall(r"`(\w+)`", cell)}
+    used = {name or ours for path in source_files() for name, ours in reads.findall(path.read_text())}
+    assert used - documented == set(), "read by the code, not on the page"
+    assert documented - used == set(), "on the page, not read by the code"
+
+
+def test_pre_commit_uses_the_constrained_versions() -> None:
+    pinned = set((ROOT / "constraints.txt").read_text().split())
+    for requirement in re.findall(r"\w[\w-]*==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text()):
+        assert requirement in pinned
