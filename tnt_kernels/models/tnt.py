@@ -305,10 +305,19 @@ class TNT(nn.Module):
         se: int = 0,
     ) -> None:
         super().__init__()
-        positive = {"in_chans": in_chans, "outer_dim": outer_dim, "inner_dim": inner_dim}
-        for name, value in {**positive, "inner_stride": inner_stride}.items():
+        widths = {"in_chans": in_chans, "outer_dim": outer_dim, "inner_dim": inner_dim}
+        for name, value in {**widths, "inner_stride": inner_stride}.items():
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value!r}")
+        for name, value in {"num_classes": num_classes, "depth": depth}.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value!r}")
+        heads = {"outer": (outer_num_heads, outer_dim), "inner": (inner_num_heads, inner_dim)}
+        for half, (count, width) in heads.items():
+            if count < 1 or width % count:
+                raise ValueError(f"{half}_num_heads must divide {half}_dim={width}, got {count!r}")
+        if not 0.0 <= drop_path_rate <= 1.0:
+            raise ValueError(f"drop_path_rate must lie in [0, 1], got {drop_path_rate!r}")
         self.num_classes = num_classes
         self.num_features = self.outer_dim = outer_dim
 
