@@ -151,6 +151,18 @@ void add_layer_norm(uintptr_t x, uintptr_t y, uintptr_t sum, int x_dtype, int y_
   call(tnt::active_tier().kernels->add_layer_norm, args);
 }
 
+void outer_attention(uintptr_t qkv, uintptr_t out, int io_dtype, int compute_dtype, int64_t batch, int64_t n,
+                     int64_t heads, int64_t head_dim, float scale, int threads) {
+  need(batch >= 0 && n >= 1 && heads >= 1 && head_dim >= 1 && threads >= 1,
+       "outer_attention: batch >= 0, n, heads, head_dim and threads >= 1 needed");
+  if (batch == 0) return;
+  need(qkv != 0 && out != 0, "outer_attention: qkv and out must not be null");
+  const tnt::OuterAttentionArgs args = {address(qkv), writable(out), dtype_of(io_dtype), dtype_of(compute_dtype),
+                                        batch,        n,             heads,              head_dim,
+                                        scale,        threads};
+  call(tnt::active_tier().kernels->outer_attention, args);
+}
+
 // 64 words spread evenly over a buffer, mixed: tells cheaply whether its contents have changed.
 uint64_t sample(uintptr_t p, uint64_t nbytes) {
   constexpr uint64_t kSamples = 64;
@@ -208,6 +220,9 @@ PYBIND11_MODULE(_native, module) {
              py::arg("out"), py::arg("tokens_dtype"), py::arg("token_batch_stride"), py::arg("batch"), py::arg("n"),
              py::arg("m"), py::arg("c"), py::arg("d"), py::arg("norm1_size"), py::arg("weights"),
              py::arg("weight_dtypes"), py::arg("eps1"), py::arg("eps2"), py::arg("compute_dtype"), py::arg("threads"));
+  module.def("outer_attention", &outer_attention, py::arg("qkv"), py::arg("out"), py::arg("io_dtype"),
+             py::arg("compute_dtype"), py::arg("batch"), py::arg("n"), py::arg("heads"), py::arg("head_dim"),
+             py::arg("scale"), py::arg("threads"));
   module.def("add_layer_norm", &add_layer_norm, py::arg("x"), py::arg("y"), py::arg("sum_out"), py::arg("x_dtype"),
              py::arg("y_dtype"), py::arg("weight"), py::arg("bias"), py::arg("weight_dtype"), py::arg("out"),
              py::arg("out_dtype"), py::arg("rows"), py::arg("d"), py::arg("eps"), py::arg("threads"));

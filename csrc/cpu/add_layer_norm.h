@@ -10,6 +10,7 @@ namespace {
 
 template <class X, class Y, class Out>
 struct AddLayerNorm {
+  static constexpr int kGroupsAtATime = 4;
   static constexpr int64_t kRows = 16;  // rows per group
 
   const AddLayerNormArgs& args;

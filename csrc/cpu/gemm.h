@@ -79,6 +79,15 @@ struct Packed {
   }
 };
 
+#if defined(__AVX512F__)
+// The two panels of 8 that one vector of outputs fills.
+template <class T>
+TNT_INLINE void store_halves(T* low, T* high, vf v) {
+  _mm256_storeu_ps(reinterpret_cast<float*>(low), _mm512_castps512_ps256((__m512)v));
+  _mm256_storeu_ps(reinterpret_cast<float*>(high), _mm512_extractf32x8_ps((__m512)v, 1));
+}
+#endif
+
 struct F32Gemm {
   typedef float Element;
 #if defined(__AVX512F__)
@@ -86,11 +95,28 @@ struct F32Gemm {
 #else
   static constexpr int kPanel = 6;  // 6 x 2 in 12 of 16
 #endif
-  static constexpr int kPairs = 1;  // channels per operand row
 
   static int64_t panel_elements(int64_t K) { return K * kPanel; }
-  static void pack_row(Element* panel, int64_t i, const float* row, int64_t K) {
+  // Output i of a panel, its K weights in `row`, which may be overwritten.
+  static void pack_row(Element* panel, int64_t i, float* row, int64_t K) {
     for (int64_t k = 0; k < K; ++k) panel[k * kPanel + i] = row[k];
+  }
+  // Inputs k and k + 1 of L outputs from o on, an output per lane: a matrix that lies transposed.
+  static TNT_INLINE void pack_inputs(Element* w, int64_t K, int64_t o, int64_t k, vf even, vf odd) {
+#if defined(__AVX512F__)
+    float *low = w + o / kPanel * panel_elements(K) + k * kPanel, *high = low + panel_elements(K);
+    store_halves(low, high, even);
+    if (k + 1 < K) store_halves(low + kPanel, high + kPanel, odd);
+    return;
+#endif
+    for (int i = 0; i < L; ++i) {
+      Element* panel = w + (o + i) / kPanel * panel_elements(K) + (o + i) % kPanel;
+      panel[k * kPanel] = even[i];
+      if (k + 1 < K) panel[(k + 1) * kPanel] = odd[i];
+    }
+  }
+  static int64_t packed_elements(int64_t out, int64_t K) {
+    return (round_up(out, L) + kPanel - 1) / kPanel * panel_elements(K);
   }
   static int64_t operand_rows(int64_t K) { return round_up(K, 2); }
   static TNT_INLINE void put(Element* x, int64_t ld, int64_t k, vf even, vf odd) {
@@ -138,14 +164,16 @@ struct F32Gemm {
 // What both bfloat16 ways share: rows of channel pairs.
 struct PairOperand {
   typedef uint32_t Element;
-  static constexpr int kPairs = 2;
   static TNT_INLINE void put(Element* x, int64_t ld, int64_t k, vf even, vf odd) {
     store(x + k / 2 * ld, bf16_pair(even, odd));
   }
-  static uint32_t pair(const float* row, int64_t k, int64_t K) {
-    const uint32_t lo = float_to_bf16(row[k]);
-    const uint32_t hi = k + 1 < K ? float_to_bf16(row[k + 1]) : 0;
-    return lo | (hi << 16);
+  // Pairs of one row, in place: the row ends up as bfloat16 in the first half of its own memory. `row`
+  // has room for K rounded up to 32 elements.
+  static TNT_INLINE const u32_any* to_pairs(float* row, int64_t K) {
+    for (int64_t k = K; k < round_up(K, L); ++k) row[k] = 0.0f;
+    uint16_t* to = reinterpret_cast<uint16_t*>(row);
+    for (int64_t k = 0; k < K; k += L) store_io(to + k, load(row + k));
+    return reinterpret_cast<const u32_any*>(row);
   }
 };
 #endif
@@ -155,9 +183,15 @@ struct DotGemm : PairOperand {
   static constexpr int kPanel = 8;
 
   static int64_t panel_elements(int64_t K) { return (K + 1) / 2 * kPanel; }
-  static void pack_row(Element* panel, int64_t i, const float* row, int64_t K) {
-    for (int64_t k = 0; k < K; k += 2) panel[k / 2 * kPanel + i] = pair(row, k, K);
+  static void pack_row(Element* panel, int64_t i, float* row, int64_t K) {
+    const u32_any* pairs = to_pairs(row, K);
+    for (int64_t k = 0; k < (K + 1) / 2; ++k) panel[k * kPanel + i] = pairs[k];
   }
+  static TNT_INLINE void pack_inputs(Element* w, int64_t K, int64_t o, int64_t k, vf even, vf odd) {
+    Element* low = w + o / kPanel * panel_elements(K) + k / 2 * kPanel;
+    store_halves(low, low + panel_elements(K), from_bits(bf16_pair(even, odd)));
+  }
+  static int64_t packed_elements(int64_t out, int64_t K) { return round_up(out, L) / kPanel * panel_elements(K); }
   static int64_t operand_rows(int64_t K) { return (K + 1) / 2; }
   static TNT_INLINE void pad(Element*, int64_t, int64_t) {}
 
@@ -203,9 +237,16 @@ struct TileGemm : PairOperand {
   static constexpr int kPanel = 16;
 
   static int64_t panel_elements(int64_t K) { return round_up(K, 32) / 32 * 256; }
-  static void pack_row(Element* panel, int64_t i, const float* row, int64_t K) {
-    for (int64_t k = 0; k < K; k += 2) panel[k / 32 * 256 + i * 16 + k % 32 / 2] = pair(row, k, K);
+  static void pack_row(Element* panel, int64_t i, float* row, int64_t K) {
+    const u32_any* pairs = to_pairs(row, K);
+    for (int64_t k = 0; k < (K + 1) / 2; ++k) panel[k / 16 * 256 + i * 16 + k % 16] = pairs[k];
   }
+  static TNT_INLINE void pack_inputs(Element* w, int64_t K, int64_t o, int64_t k, vf even, vf odd) {
+    const vu pairs = bf16_pair(even, odd);
+    Element* tile = w + o / kPanel * panel_elements(K) + k / 32 * 256 + k % 32 / 2;
+    for (int i = 0; i < L; ++i) tile[i * 16] = pairs[i];
+  }
+  static int64_t packed_elements(int64_t out, int64_t K) { return round_up(out, L) / kPanel * panel_elements(K); }
   // Channels are padded to whole tiles. The weights there are zero, and so must the operand be: what an
   // earlier, wider product left behind may be NaN.
   static int64_t operand_rows(int64_t K) { return round_up(K, 32) / 2; }

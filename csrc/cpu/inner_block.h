@@ -67,6 +67,7 @@ TNT_INLINE void attend(const float* q, const float* keys, const float* values, i
 template <class G, class IO>
 struct InnerBlock {
   typedef typename G::Element Element;
+  static constexpr int kGroupsAtATime = 4;
 
   const InnerBlockArgs& args;
   const int64_t m, c, head_dim;

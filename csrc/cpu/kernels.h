@@ -84,12 +84,24 @@ struct AddLayerNormArgs {
   int threads;
 };
 
+// softmax(scale * q k^T) v per head; q, k and v stand side by side in qkv.
+struct OuterAttentionArgs {
+  const void* qkv;  // [batch, n, 3 * heads * head_dim], contiguous
+  void* out;        // [batch, n, heads * head_dim], contiguous
+  DType io_dtype;
+  DType compute_dtype;
+  int64_t batch, n, heads, head_dim;
+  float scale;
+  int threads;
+};
+
 // A kernel returns false when its scratch memory could not be had; nothing has been written then.
 struct Kernels {
   bool (*inner_block)(const InnerBlockArgs&);
   bool (*pixel_embed)(const PixelEmbedArgs&);
   bool (*word_to_sentence)(const WordToSentenceArgs&);
   bool (*add_layer_norm)(const AddLayerNormArgs&);
+  bool (*outer_attention)(const OuterAttentionArgs&);
 };
 
 }  // namespace tnt

@@ -37,7 +37,7 @@ bool parallel_groups(Op& op, int64_t groups, int threads) {
     for (int64_t i = 0; i < jobs; ++i) op.pack(i);
     G::begin();
     const typename Op::Scratch& mine = scratch[thread_index()].scratch;
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, Op::kGroupsAtATime)
     for (int64_t g = 0; g < groups; ++g) op.run(g, mine);
     G::end();
   }

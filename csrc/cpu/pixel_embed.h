@@ -13,6 +13,7 @@ namespace {
 template <class G, class In, class Out>
 struct PixelEmbed {
   typedef typename G::Element Element;
+  static constexpr int kGroupsAtATime = 4;
 
   const PixelEmbedArgs& args;
   const int64_t pad, rows, columns;    // padding; patches down and across

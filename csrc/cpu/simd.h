@@ -39,6 +39,8 @@ typedef float vf_any __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * L), aligned(2), may_alias));
 
+typedef uint32_t u32_any __attribute__((may_alias));
+
 #define TNT_INLINE inline __attribute__((always_inline))
 #define TNT_LAMBDA __attribute__((always_inline))
 

@@ -13,6 +13,7 @@ namespace {
 template <class G, class Words, class Tokens>
 struct WordToSentence {
   typedef typename G::Element Element;
+  static constexpr int kGroupsAtATime = 1;
   static constexpr int64_t kBlock = 2 * L;  // sentences per group
 
   const WordToSentenceArgs& args;
