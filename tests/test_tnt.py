@@ -28,14 +28,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter, biases and gains too, a value that matters."""
     generator = torch.Generator().manual_seed(seed)
