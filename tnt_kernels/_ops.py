@@ -27,7 +27,8 @@ def _define(name: str, schema: str, composite: Callable[..., Any]) -> Any:
     op = getattr(torch.ops.tnt_kernels, name).default
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if dispatch.gradient_needed(*_tensors(args)) or forward_ad._current_level >= 0:
+        recording = torch.is_grad_enabled() and dispatch.gradient_needed(*_tensors(args))
+        if recording or forward_ad._current_level >= 0:
             dispatch.choose(name, needs_grad=True)  # refuses where the cpu backend is forced
             return composite(*args)
         with torch._C._AutoDispatchBelowAutograd():

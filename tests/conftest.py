@@ -1,0 +1,66 @@
+"""What every test gets: fixed seeds, torch.empty filled with NaN, and global settings put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tnt_kernels import native
+
+# Kernels are fast but the first call of a size is not; timing is the benchmarks' business.
+settings.register_profile(
+    "tnt_kernels", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("tnt_kernels")
+
+
+def _tiers() -> list[tuple[str, str]]:
+    module = native.load()
+    return module.tiers() if module is not None else []
+
+
+USABLE_TIERS = [name for name, why in _tiers() if not why]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    missing = native.why_missing()
+    if missing is not None:
+        terminalreporter.write_line(f"tnt_kernels: CPU kernels not tested: {missing}")
+    for name, why in _tiers():
+        terminalreporter.write_line(
+            f"tnt_kernels: SIMD tier {name}: " + (f"NOT RUN, {why}" if why else "run")
+        )
+
+
+@pytest.fixture(autouse=True)
+def _fixed_surroundings() -> Iterator[None]:
+    """Seeds and settings. Uninitialised memory is NaN, so that an element never written shows."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=USABLE_TIERS or ["missing"])
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each SIMD tier that this machine can run."""
+    module = native.load()
+    if module is None:
+        pytest.skip("the native module is missing")
+    module.set_tier(request.param)
+    yield request.param
+    module.set_tier("auto")
+
+
+@pytest.fixture
+def needs_native() -> None:
+    if native.load() is None:
+        pytest.skip("the native module is missing")
