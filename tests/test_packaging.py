@@ -264,6 +264,8 @@ def test_tiers_share_no_symbol(installed: Path, unpacked: Path) -> None:
     for path in objects:
         for line in output("nm", "-C", "--defined-only", path).splitlines():
             _, kind, name = line.split(maxsplit=2)
+            if name.startswith("DW.ref."):  # a pointer to the exception personality, the same in every tier
+                continue
             assert kind not in "WwVvuC", f"{path.name} emits {name} as a weak symbol"
             if kind.isupper():
                 assert owner.setdefault(name, path.name) == path.name, f"{name} is in two tiers"
@@ -274,7 +276,8 @@ def test_tiers_share_no_symbol(installed: Path, unpacked: Path) -> None:
 def test_one_thread_pool_serves_torch_and_the_kernels(installed: Path) -> None:
     script = """
 import os, torch
-from tnt_kernels import native, ops, use_backend
+from tnt_kernels import native, ops
+from tnt_kernels.dispatch import use_backend
 torch.set_num_threads(2)
 module = native.load()
 assert module is not None, native.why_missing()
