@@ -104,18 +104,24 @@ def _check_heads(op: str, c: int, num_heads: int) -> None:
         raise error(op, "num_heads", f"a positive divisor of the {c} channels of x", num_heads)
 
 
-def default_scale(x: Tensor, num_heads: int) -> float:
-    """Returns (c / num_heads) ** -0.5, and 1 for arguments that the check of the operation refuses."""
+def scale_of(op: str, x: Tensor, num_heads: int, scale: float | None) -> float:
+    """Returns the factor of the scores: the one given, else (c / num_heads) ** -0.5."""
     c = x.shape[-1]
-    if not isinstance(num_heads, (int, torch.SymInt)) or num_heads < 1 or c < 1:
-        return 1.0
-    return (c / num_heads) ** -0.5
+    _check_heads(op, c, num_heads)
+    if scale is None:
+        return (max(c, 1) / num_heads) ** -0.5
+    return scale
 
 
 def _hidden(op: str, fc1_weight: Tensor | None, c: int) -> int:
-    if not isinstance(fc1_weight, Tensor) or fc1_weight.dim() != 2 or fc1_weight.shape[0] < 1:
-        given = f"shape {list(fc1_weight.shape)}" if isinstance(fc1_weight, Tensor) else fc1_weight
-        raise error(op, "fc1_weight", f"of shape [hidden, {c}] with at least one hidden unit", given)
+    shape = f"[hidden, {c}]"
+    if not isinstance(fc1_weight, Tensor):
+        raise TypeError(
+            f"{op}: fc1_weight must be a tensor of shape {shape}, got {type(fc1_weight).__name__}"
+        )
+    if fc1_weight.dim() != 2 or fc1_weight.shape[0] < 1:
+        given = f"shape {list(fc1_weight.shape)}"
+        raise error(op, "fc1_weight", f"of shape {shape} with at least one hidden unit", given)
     return fc1_weight.shape[0]
 
 

@@ -48,8 +48,7 @@ def inner_attention(
     _checks.check_tensor("inner_attention", "x", x, _checks.STREAM)
     backend = dispatch.choose("inner_attention", x, *parameters)
     compute_dtype = compute_dtype_of(x)
-    if scale is None:
-        scale = _checks.default_scale(x, num_heads)
+    scale = _checks.scale_of("inner_attention", x, num_heads, scale)
     if backend == "cpu":
         return _ops.inner_attention(x, *parameters, num_heads, scale, eps, compute_dtype)
     _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)

@@ -65,8 +65,7 @@ def inner_block(
     _checks.check_tensor("inner_block", "x", x, _checks.STREAM)
     backend = dispatch.choose("inner_block", x, *parameters)
     compute_dtype = compute_dtype_of(x)
-    if scale is None:
-        scale = _checks.default_scale(x, num_heads)
+    scale = _checks.scale_of("inner_block", x, num_heads, scale)
     if backend == "cpu":
         return _ops.inner_block(x, *parameters, num_heads, scale, eps1, eps2, compute_dtype)
     _checks.check_inner_block(x, *parameters, num_heads, compute_dtype)
