@@ -140,7 +140,7 @@ def sanitizer_flags() -> list[str]:
     names = os.environ.get("TNT_SANITIZE", "").strip()
     if not names:
         return []
-    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O2", "-g"]
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
 
 
 def link_flags(compiler: list[str], sanitizers: list[str]) -> list[str]:
