@@ -47,14 +47,15 @@ struct AddLayerNorm {
     Out* out = static_cast<Out*>(args.out) + r * d;
     const int64_t whole = d / L * L;
 
-    vf total = {};
+    // Four partial sums: a row is too short to hide the latency of one.
+    vf total[4] = {};
     float tail = 0;
     for (int64_t k = 0; k < whole; k += L) {
       vf v = load_io(x + k);
       if (y != nullptr) v += load_io(y + k);
       if (sum_out != nullptr) store_io(sum_out + k, v);
       store(row + k, v);
-      total += v;
+      total[k / L % 4] += v;
     }
     for (int64_t k = whole; k < d; ++k) {
       float v = load_scalar(x + k);
@@ -63,16 +64,18 @@ struct AddLayerNorm {
       row[k] = v;
       tail += v;
     }
-    const float mean = (hsum(total) + tail) / static_cast<float>(d);
+    const float mean = (hsum((total[0] + total[1]) + (total[2] + total[3])) + tail) / static_cast<float>(d);
 
-    vf squares = {};
+    vf squares[4] = {};
     tail = 0;
     for (int64_t k = 0; k < whole; k += L) {
       const vf v = load(row + k) - mean;
-      squares += v * v;
+      squares[k / L % 4] += v * v;
     }
     for (int64_t k = whole; k < d; ++k) tail += (row[k] - mean) * (row[k] - mean);
-    const float rstd = 1.0f / __builtin_sqrtf((hsum(squares) + tail) / static_cast<float>(d) + args.eps);
+    const float variance =
+        (hsum((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail) / static_cast<float>(d);
+    const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps);
 
     for (int64_t k = 0; k < whole; k += L)
       store_io(out + k, (load(row + k) - mean) * rstd * load(gain + k) + load(shift + k));

@@ -90,6 +90,7 @@ TNT_INLINE void store_halves(T* low, T* high, vf v) {
 
 struct F32Gemm {
   typedef float Element;
+  static constexpr Accuracy kAccuracy = kFull;
 #if defined(__AVX512F__)
   static constexpr int kPanel = 8;  // outputs: 8 x 2 vectors accumulate in 16 of 32 registers
 #else
@@ -164,6 +165,7 @@ struct F32Gemm {
 // What both bfloat16 ways share: rows of channel pairs.
 struct PairOperand {
   typedef uint32_t Element;
+  static constexpr Accuracy kAccuracy = kCoarse;
   static TNT_INLINE void put(Element* x, int64_t ld, int64_t k, vf even, vf odd) {
     store(x + k / 2 * ld, bf16_pair(even, odd));
   }

@@ -41,6 +41,7 @@ TNT_INLINE void weighted_values(const float* p, const float* values, int64_t ld,
 }
 
 // One head of one sentence for one vector of queries. p [m, L] is scratch.
+template <Accuracy A>
 TNT_INLINE void attend(const float* q, const float* keys, const float* values, int64_t ld, int64_t m,
                        int64_t head_dim, float* p, float* out) {
   int64_t j = 0;
@@ -52,7 +53,7 @@ TNT_INLINE void attend(const float* q, const float* keys, const float* values, i
   for (j = 1; j < m; ++j) top = max_keep(top, load(p + j * L));
   vf total = {};
   for (j = 0; j < m; ++j) {
-    const vf e = exp2_(load(p + j * L) - top);
+    const vf e = exp2_<A>(load(p + j * L) - top);
     store(p + j * L, e);
     total += e;
   }
@@ -180,7 +181,7 @@ struct InnerBlock {
       const int64_t row = h * head_dim * ld;
       for (int64_t first = 0; first < ld; first += lanes)  // a sentence's first lane
         for (int64_t at = first; at < first + lanes; at += L)
-          attend(s.y + row + at, s.y + c * ld + row + first, s.y + 2 * c * ld + row + first, ld, m, head_dim, s.p,
+          attend<G::kAccuracy>(s.y + row + at, s.y + c * ld + row + first, s.y + 2 * c * ld + row + first, ld, m, head_dim, s.p,
                  s.t + row + at);
     }
     to_operand(s, s.t, c, [](vf v) TNT_LAMBDA { return v; });
@@ -191,7 +192,7 @@ struct InnerBlock {
   void mlp_half(const Scratch& s) const {
     normalise(s, norm2, args.eps2);
     G::run(fc1, s.a, ld, s.y);
-    to_operand(s, s.y, args.hidden, [](vf v) TNT_LAMBDA { return gelu(v); });
+    to_operand(s, s.y, args.hidden, [](vf v) TNT_LAMBDA { return gelu<G::kAccuracy>(v); });
     G::run(fc2, s.a, ld, s.y);
     add_residual(s);
   }

@@ -117,8 +117,8 @@ struct OuterAttention {
       vf e[2][2];
       for (int64_t at = 0; at < ld; at += L) {
         const vf top = inverse_total[at / L];
-        e[0][at / L] = exp2_(load(s.s + j * ld + at) - top);
-        e[1][at / L] = j + 1 < n ? exp2_(load(s.s + (j + 1) * ld + at) - top) : splat(0.0f);
+        e[0][at / L] = exp2_<G::kAccuracy>(load(s.s + j * ld + at) - top);
+        e[1][at / L] = j + 1 < n ? exp2_<G::kAccuracy>(load(s.s + (j + 1) * ld + at) - top) : splat(0.0f);
         total[at / L] += e[0][at / L] + e[1][at / L];
       }
       for (int64_t at = 0; at < ld; at += L) G::put(p + at, ld, j, e[0][at / L], e[1][at / L]);

@@ -54,6 +54,9 @@ TNT_INLINE vu bits(vf v) { return (vu)v; }
 TNT_INLINE vf from_bits(vu v) { return (vf)v; }
 
 TNT_INLINE float hsum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float s = 0;
   for (int i = 0; i < L; ++i) s += v[i];
   return s;
@@ -75,16 +78,28 @@ TNT_INLINE vf sqrt_(vf v) {
 #endif
 }
 
-// 2^t. Relative error below 2e-7; 0 far below the normal range; NaN stays NaN.
+// How exactly a function is needed: for float32, or for a value that is rounded to bfloat16 next.
+enum Accuracy { kFull, kCoarse };
+
+// 2^t. Relative error below 2e-7 (kCoarse: 8e-5); 0 far below the normal range; NaN stays NaN.
+template <Accuracy A>
 TNT_INLINE vf exp2_(vf t) {
 #if defined(__AVX512F__)
   const vf f = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF);  // t - floor(t); 0 at +-inf
-  vf p = splat(1.8775766e-3f);
-  p = p * f + 8.989341e-3f;
-  p = p * f + 5.5826318e-2f;
-  p = p * f + 2.4015361e-1f;
-  p = p * f + 6.9315308e-1f;
-  p = p * f + 9.9999994e-1f;
+  vf p;
+  if (A == kFull) {
+    p = splat(1.8775766e-3f);
+    p = p * f + 8.989341e-3f;
+    p = p * f + 5.5826318e-2f;
+    p = p * f + 2.4015361e-1f;
+    p = p * f + 6.9315308e-1f;
+    p = p * f + 9.9999994e-1f;
+  } else {
+    p = splat(7.8024514e-2f);
+    p = p * f + 2.2606717e-1f;
+    p = p * f + 6.9583356e-1f;
+    p = p * f + 9.999252e-1f;
+  }
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);
 #else
   const vf clamped = max_keep(splat(-126.0f), t);
@@ -103,7 +118,8 @@ TNT_INLINE vf exp2_(vf t) {
 }
 
 // x * Phi(x), Phi the normal distribution: Phi(-|x|) = 2^P(|x|), P of degree 5.
-// Absolute error below 7e-7. As in eager: +inf gives +inf, -inf and NaN give NaN.
+// Absolute error below 7e-7 (kCoarse: 2e-4). As in eager: +inf gives +inf, -inf and NaN give NaN.
+template <Accuracy A>
 TNT_INLINE vf gelu(vf x) {
   const vf abs_x = from_bits(bits(x) & splat(0x7fffffffu));
   const vf t = abs_x < splat(20.0f) ? abs_x : splat(20.0f);
@@ -113,7 +129,7 @@ TNT_INLINE vf gelu(vf x) {
   p = p * t + -4.59992438e-1f;
   p = p * t + -1.15078785f;
   p = p * t + -1.00003762f;
-  const vf e = exp2_(p);
+  const vf e = exp2_<A>(p);
   return x * (x < splat(0.0f) ? e : splat(1.0f) - e);
 }
 
