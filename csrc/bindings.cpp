@@ -20,14 +20,16 @@ using tnt::Param;
 
 DType dtype_of(int code) {
   if (code != tnt::kFloat32 && code != tnt::kBFloat16)
-    throw std::invalid_argument("dtype code " + std::to_string(code) + " is neither 0 (float32) nor 1 (bfloat16)");
+    throw std::invalid_argument("dtype code " + std::to_string(code) +
+                                " is neither 0 (float32) nor 1 (bfloat16)");
   return static_cast<DType>(code);
 }
 
 const void* address(uintptr_t p) { return reinterpret_cast<const void*>(p); }
 void* writable(uintptr_t p) { return reinterpret_cast<void*>(p); }
 
-std::vector<Param> params_of(const std::vector<uintptr_t>& pointers, const std::vector<int>& dtypes, size_t count) {
+std::vector<Param> params_of(const std::vector<uintptr_t>& pointers, const std::vector<int>& dtypes,
+                             size_t count) {
   if (pointers.size() != count || dtypes.size() != count)
     throw std::invalid_argument("got " + std::to_string(pointers.size()) + " parameter pointers and " +
                                 std::to_string(dtypes.size()) + " dtypes, need " + std::to_string(count));
@@ -50,11 +52,12 @@ void call(bool (*kernel)(const Args&), const Args& args) {
   if (!done) throw std::bad_alloc();
 }
 
-void inner_block(uintptr_t x, uintptr_t out, int io_dtype, int compute_dtype, int64_t sentences, int64_t m, int64_t c,
-                 int64_t hidden, int64_t heads, int parts, float scale, float eps1, float eps2,
+void inner_block(uintptr_t x, uintptr_t out, int io_dtype, int compute_dtype, int64_t sentences, int64_t m,
+                 int64_t c, int64_t hidden, int64_t heads, int parts, float scale, float eps1, float eps2,
                  const std::vector<uintptr_t>& weights, const std::vector<int>& weight_dtypes, int threads) {
   need(parts >= 1 && parts <= 3, "inner_block: parts must be 1 (attention), 2 (mlp) or 3 (both)");
-  need(sentences >= 0 && m >= 1 && c >= 1 && threads >= 1, "inner_block: sentences >= 0, m, c and threads >= 1 needed");
+  need(sentences >= 0 && m >= 1 && c >= 1 && threads >= 1,
+       "inner_block: sentences >= 0, m, c and threads >= 1 needed");
   const bool attention = parts & tnt::kAttention, mlp = parts & tnt::kMlp;
   need(!attention || (heads >= 1 && c % heads == 0), "inner_block: heads must divide c");
   need(!mlp || hidden >= 1, "inner_block: hidden must be at least 1");
@@ -63,25 +66,50 @@ void inner_block(uintptr_t x, uintptr_t out, int io_dtype, int compute_dtype, in
   need(!mlp || (w[10].ptr && w[12].ptr), "inner_block: fc1 and fc2 weights are needed");
   if (sentences == 0) return;
   need(x != 0 && out != 0, "inner_block: x and out must not be null");
-  const tnt::InnerBlockArgs args = {
-      address(x), writable(out), dtype_of(io_dtype), dtype_of(compute_dtype), sentences, m,    c,    hidden, heads,
-      parts,      scale,         eps1,               eps2,                    w[0],      w[1], w[2], w[3],   w[4],
-      w[5],       w[6],          w[7],               w[8],                    w[9],      w[10], w[11], w[12], w[13],
-      threads};
+  const tnt::InnerBlockArgs args = {address(x),
+                                    writable(out),
+                                    dtype_of(io_dtype),
+                                    dtype_of(compute_dtype),
+                                    sentences,
+                                    m,
+                                    c,
+                                    hidden,
+                                    heads,
+                                    parts,
+                                    scale,
+                                    eps1,
+                                    eps2,
+                                    w[0],
+                                    w[1],
+                                    w[2],
+                                    w[3],
+                                    w[4],
+                                    w[5],
+                                    w[6],
+                                    w[7],
+                                    w[8],
+                                    w[9],
+                                    w[10],
+                                    w[11],
+                                    w[12],
+                                    w[13],
+                                    threads};
   call(tnt::active_tier().kernels->inner_block, args);
 }
 
 void pixel_embed(uintptr_t image, int image_dtype, const std::vector<int64_t>& strides, int64_t batch,
-                 int64_t channels, int64_t height, int64_t width, uintptr_t weight, uintptr_t bias, uintptr_t position,
-                 const std::vector<int>& param_dtypes, uintptr_t out, int out_dtype, int compute_dtype, int64_t c,
-                 int64_t kernel, int64_t patch_h, int64_t patch_w, int64_t stride, bool legacy, int threads) {
+                 int64_t channels, int64_t height, int64_t width, uintptr_t weight, uintptr_t bias,
+                 uintptr_t position, const std::vector<int>& param_dtypes, uintptr_t out, int out_dtype,
+                 int compute_dtype, int64_t c, int64_t kernel, int64_t patch_h, int64_t patch_w,
+                 int64_t stride, bool legacy, int threads) {
   need(strides.size() == 4, "pixel_embed: four strides needed");
   need(batch >= 0 && channels >= 1 && height >= 1 && width >= 1 && c >= 1 && threads >= 1,
        "pixel_embed: batch >= 0, channels, height, width, c and threads >= 1 needed");
   need(kernel >= 1 && kernel % 2 == 1, "pixel_embed: kernel must be odd");
   need(stride >= 1 && patch_h >= 1 && patch_w >= 1, "pixel_embed: stride and patch must be at least 1");
   need(height % patch_h == 0 && width % patch_w == 0, "pixel_embed: patch must divide the image");
-  need(!legacy || (patch_h % stride == 0 && patch_w % stride == 0), "pixel_embed: legacy needs stride to divide patch");
+  need(!legacy || (patch_h % stride == 0 && patch_w % stride == 0),
+       "pixel_embed: legacy needs stride to divide patch");
   const std::vector<Param> p = params_of({weight, bias, position}, param_dtypes, 3);
   need(p[0].ptr != nullptr, "pixel_embed: weight is needed");
   if (batch == 0) return;
@@ -111,8 +139,9 @@ void pixel_embed(uintptr_t image, int image_dtype, const std::vector<int64_t>& s
 
 void word_to_sentence(uintptr_t words, int words_dtype, uintptr_t tokens, uintptr_t out, int tokens_dtype,
                       int64_t token_batch_stride, int64_t batch, int64_t n, int64_t m, int64_t c, int64_t d,
-                      int64_t norm1_size, const std::vector<uintptr_t>& weights, const std::vector<int>& weight_dtypes,
-                      float eps1, float eps2, int compute_dtype, int threads) {
+                      int64_t norm1_size, const std::vector<uintptr_t>& weights,
+                      const std::vector<int>& weight_dtypes, float eps1, float eps2, int compute_dtype,
+                      int threads) {
   need(batch >= 0 && n >= 1 && m >= 1 && c >= 1 && d >= 1 && threads >= 1,
        "word_to_sentence: batch >= 0, n, m, c, d and threads >= 1 needed");
   need(norm1_size == m * c || norm1_size == c, "word_to_sentence: norm1 must normalise m * c values or c");
@@ -120,16 +149,33 @@ void word_to_sentence(uintptr_t words, int words_dtype, uintptr_t tokens, uintpt
   need(w[2].ptr != nullptr, "word_to_sentence: weight is needed");
   if (batch == 0) return;
   need(words != 0 && tokens != 0 && out != 0, "word_to_sentence: words, tokens and out must not be null");
-  const tnt::WordToSentenceArgs args = {
-      address(words), dtype_of(words_dtype), address(tokens), writable(out), dtype_of(tokens_dtype),
-      token_batch_stride, batch, n, m * c, d, norm1_size, w[0], w[1], w[2], w[3], w[4], w[5], eps1, eps2,
-      dtype_of(compute_dtype), threads};
+  const tnt::WordToSentenceArgs args = {address(words),
+                                        dtype_of(words_dtype),
+                                        address(tokens),
+                                        writable(out),
+                                        dtype_of(tokens_dtype),
+                                        token_batch_stride,
+                                        batch,
+                                        n,
+                                        m * c,
+                                        d,
+                                        norm1_size,
+                                        w[0],
+                                        w[1],
+                                        w[2],
+                                        w[3],
+                                        w[4],
+                                        w[5],
+                                        eps1,
+                                        eps2,
+                                        dtype_of(compute_dtype),
+                                        threads};
   call(tnt::active_tier().kernels->word_to_sentence, args);
 }
 
 void add_layer_norm(uintptr_t x, uintptr_t y, uintptr_t sum, int x_dtype, int y_dtype, uintptr_t weight,
-                    uintptr_t bias, int weight_dtype, uintptr_t out, int out_dtype, int64_t rows, int64_t d, float eps,
-                    int threads) {
+                    uintptr_t bias, int weight_dtype, uintptr_t out, int out_dtype, int64_t rows, int64_t d,
+                    float eps, int threads) {
   need(rows >= 0 && d >= 1 && threads >= 1, "add_layer_norm: rows >= 0, d and threads >= 1 needed");
   if (rows == 0) return;
   need(x != 0 && out != 0, "add_layer_norm: x and out must not be null");
@@ -157,9 +203,9 @@ void outer_attention(uintptr_t qkv, uintptr_t out, int io_dtype, int compute_dty
        "outer_attention: batch >= 0, n, heads, head_dim and threads >= 1 needed");
   if (batch == 0) return;
   need(qkv != 0 && out != 0, "outer_attention: qkv and out must not be null");
-  const tnt::OuterAttentionArgs args = {address(qkv), writable(out), dtype_of(io_dtype), dtype_of(compute_dtype),
-                                        batch,        n,             heads,              head_dim,
-                                        scale,        threads};
+  const tnt::OuterAttentionArgs args = {
+      address(qkv), writable(out), dtype_of(io_dtype), dtype_of(compute_dtype), batch, n, heads, head_dim,
+      scale,        threads};
   call(tnt::active_tier().kernels->outer_attention, args);
 }
 
@@ -174,7 +220,8 @@ uint64_t sample(uintptr_t p, uint64_t nbytes) {
     std::memcpy(&word, bytes + words * i / count * 4, 4);
     hash = (hash ^ word) * 1099511628211ull;
   }
-  for (uint64_t i = words * 4; i < nbytes; ++i) hash = (hash ^ static_cast<uint8_t>(bytes[i])) * 1099511628211ull;
+  for (uint64_t i = words * 4; i < nbytes; ++i)
+    hash = (hash ^ static_cast<uint8_t>(bytes[i])) * 1099511628211ull;
   return hash;
 }
 
@@ -207,23 +254,26 @@ PYBIND11_MODULE(_native, module) {
   module.def("set_tier", &tnt::set_tier, py::arg("name"));
   module.def("build_info", &build_info);
   module.def("sample", &sample, py::arg("ptr"), py::arg("nbytes"));
-  module.def("inner_block", &inner_block, py::arg("x"), py::arg("out"), py::arg("io_dtype"), py::arg("compute_dtype"),
-             py::arg("sentences"), py::arg("m"), py::arg("c"), py::arg("hidden"), py::arg("heads"), py::arg("parts"),
-             py::arg("scale"), py::arg("eps1"), py::arg("eps2"), py::arg("weights"), py::arg("weight_dtypes"),
-             py::arg("threads"));
+  module.def("inner_block", &inner_block, py::arg("x"), py::arg("out"), py::arg("io_dtype"),
+             py::arg("compute_dtype"), py::arg("sentences"), py::arg("m"), py::arg("c"), py::arg("hidden"),
+             py::arg("heads"), py::arg("parts"), py::arg("scale"), py::arg("eps1"), py::arg("eps2"),
+             py::arg("weights"), py::arg("weight_dtypes"), py::arg("threads"));
   module.def("pixel_embed", &pixel_embed, py::arg("image"), py::arg("image_dtype"), py::arg("strides"),
              py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("weight"),
-             py::arg("bias"), py::arg("position"), py::arg("param_dtypes"), py::arg("out"), py::arg("out_dtype"),
-             py::arg("compute_dtype"), py::arg("c"), py::arg("kernel"), py::arg("patch_h"), py::arg("patch_w"),
-             py::arg("stride"), py::arg("legacy"), py::arg("threads"));
-  module.def("word_to_sentence", &word_to_sentence, py::arg("words"), py::arg("words_dtype"), py::arg("tokens"),
-             py::arg("out"), py::arg("tokens_dtype"), py::arg("token_batch_stride"), py::arg("batch"), py::arg("n"),
-             py::arg("m"), py::arg("c"), py::arg("d"), py::arg("norm1_size"), py::arg("weights"),
-             py::arg("weight_dtypes"), py::arg("eps1"), py::arg("eps2"), py::arg("compute_dtype"), py::arg("threads"));
+             py::arg("bias"), py::arg("position"), py::arg("param_dtypes"), py::arg("out"),
+             py::arg("out_dtype"), py::arg("compute_dtype"), py::arg("c"), py::arg("kernel"),
+             py::arg("patch_h"), py::arg("patch_w"), py::arg("stride"), py::arg("legacy"),
+             py::arg("threads"));
+  module.def("word_to_sentence", &word_to_sentence, py::arg("words"), py::arg("words_dtype"),
+             py::arg("tokens"), py::arg("out"), py::arg("tokens_dtype"), py::arg("token_batch_stride"),
+             py::arg("batch"), py::arg("n"), py::arg("m"), py::arg("c"), py::arg("d"), py::arg("norm1_size"),
+             py::arg("weights"), py::arg("weight_dtypes"), py::arg("eps1"), py::arg("eps2"),
+             py::arg("compute_dtype"), py::arg("threads"));
   module.def("outer_attention", &outer_attention, py::arg("qkv"), py::arg("out"), py::arg("io_dtype"),
              py::arg("compute_dtype"), py::arg("batch"), py::arg("n"), py::arg("heads"), py::arg("head_dim"),
              py::arg("scale"), py::arg("threads"));
-  module.def("add_layer_norm", &add_layer_norm, py::arg("x"), py::arg("y"), py::arg("sum_out"), py::arg("x_dtype"),
-             py::arg("y_dtype"), py::arg("weight"), py::arg("bias"), py::arg("weight_dtype"), py::arg("out"),
-             py::arg("out_dtype"), py::arg("rows"), py::arg("d"), py::arg("eps"), py::arg("threads"));
+  module.def("add_layer_norm", &add_layer_norm, py::arg("x"), py::arg("y"), py::arg("sum_out"),
+             py::arg("x_dtype"), py::arg("y_dtype"), py::arg("weight"), py::arg("bias"),
+             py::arg("weight_dtype"), py::arg("out"), py::arg("out_dtype"), py::arg("rows"), py::arg("d"),
+             py::arg("eps"), py::arg("threads"));
 }

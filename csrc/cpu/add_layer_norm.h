@@ -1,8 +1,8 @@
 // sum = x + y; out = LN(sum): the residual and the LayerNorm behind it in one pass over each row.
 #pragma once
 
-#include "parallel.h"
 #include "gemm.h"
+#include "parallel.h"
 
 namespace tnt {
 namespace TNT_TIER {

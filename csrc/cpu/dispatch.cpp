@@ -14,8 +14,8 @@
 
 namespace tnt {
 
-#define TNT_DECLARE(tier) \
-  namespace tier {        \
+#define TNT_DECLARE(tier)       \
+  namespace tier {              \
   extern const Kernels kernels; \
   }
 #if TNT_HAVE_AMX

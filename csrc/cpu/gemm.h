@@ -51,8 +51,8 @@ TNT_INLINE void read_vector(const Param& p, int64_t n, float* to, float absent =
 template <class G>
 struct Packed {
   typename G::Element* w;
-  float* bias;     // [outputs rounded up to G::kPanel], zeros where the layer has none
-  float* row;      // scratch for packing, one row per panel
+  float* bias;  // [outputs rounded up to G::kPanel], zeros where the layer has none
+  float* row;   // scratch for packing, one row per panel
   int64_t out, in;
 
   void plan(Arena& arena, int64_t outputs, int64_t inputs) {
@@ -127,8 +127,8 @@ struct F32Gemm {
   static TNT_INLINE void pad(Element*, int64_t, int64_t) {}
 
   template <int V>
-  static TNT_INLINE void panel(const Element* w, const float* bias, const Element* x, int64_t ld,
-                               int64_t K, float* y, int64_t rows) {
+  static TNT_INLINE void panel(const Element* w, const float* bias, const Element* x, int64_t ld, int64_t K,
+                               float* y, int64_t rows) {
     vf acc[kPanel][V];
     for (int o = 0; o < kPanel; ++o)
       for (int v = 0; v < V; ++v) acc[o][v] = splat(bias[o]);
@@ -193,13 +193,15 @@ struct DotGemm : PairOperand {
     Element* low = w + o / kPanel * panel_elements(K) + k / 2 * kPanel;
     store_halves(low, low + panel_elements(K), from_bits(bf16_pair(even, odd)));
   }
-  static int64_t packed_elements(int64_t out, int64_t K) { return round_up(out, L) / kPanel * panel_elements(K); }
+  static int64_t packed_elements(int64_t out, int64_t K) {
+    return round_up(out, L) / kPanel * panel_elements(K);
+  }
   static int64_t operand_rows(int64_t K) { return (K + 1) / 2; }
   static TNT_INLINE void pad(Element*, int64_t, int64_t) {}
 
   template <int V>
-  static TNT_INLINE void panel(const Element* w, const float* bias, const Element* x, int64_t ld,
-                               int64_t K, float* y, int64_t rows) {
+  static TNT_INLINE void panel(const Element* w, const float* bias, const Element* x, int64_t ld, int64_t K,
+                               float* y, int64_t rows) {
     __m512 acc[kPanel][V];
     for (int o = 0; o < kPanel; ++o)
       for (int v = 0; v < V; ++v) acc[o][v] = _mm512_set1_ps(bias[o]);
@@ -248,7 +250,9 @@ struct TileGemm : PairOperand {
     Element* tile = w + o / kPanel * panel_elements(K) + k / 32 * 256 + k % 32 / 2;
     for (int i = 0; i < L; ++i) tile[i * 16] = pairs[i];
   }
-  static int64_t packed_elements(int64_t out, int64_t K) { return round_up(out, L) / kPanel * panel_elements(K); }
+  static int64_t packed_elements(int64_t out, int64_t K) {
+    return round_up(out, L) / kPanel * panel_elements(K);
+  }
   // Channels are padded to whole tiles. The weights there are zero, and so must the operand be: what an
   // earlier, wider product left behind may be NaN.
   static int64_t operand_rows(int64_t K) { return round_up(K, 32) / 2; }

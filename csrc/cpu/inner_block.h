@@ -60,8 +60,10 @@ TNT_INLINE void attend(const float* q, const float* keys, const float* values, i
   const vf inverse_total = splat(1.0f) / total;
 
   int64_t d = 0;
-  for (; d + 6 <= head_dim; d += 6) weighted_values<6>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
-  for (; d + 2 <= head_dim; d += 2) weighted_values<2>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
+  for (; d + 6 <= head_dim; d += 6)
+    weighted_values<6>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
+  for (; d + 2 <= head_dim; d += 2)
+    weighted_values<2>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
   for (; d < head_dim; ++d) weighted_values<1>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
 }
 
@@ -181,8 +183,8 @@ struct InnerBlock {
       const int64_t row = h * head_dim * ld;
       for (int64_t first = 0; first < ld; first += lanes)  // a sentence's first lane
         for (int64_t at = first; at < first + lanes; at += L)
-          attend<G::kAccuracy>(s.y + row + at, s.y + c * ld + row + first, s.y + 2 * c * ld + row + first, ld, m, head_dim, s.p,
-                 s.t + row + at);
+          attend<G::kAccuracy>(s.y + row + at, s.y + c * ld + row + first, s.y + 2 * c * ld + row + first, ld,
+                               m, head_dim, s.p, s.t + row + at);
     }
     to_operand(s, s.t, c, [](vf v) TNT_LAMBDA { return v; });
     G::run(proj, s.a, ld, s.y);
@@ -210,8 +212,8 @@ struct InnerBlock {
     if (mlp) mlp_half(s);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t at = 0; at < lanes; at += L)
-        store_words<IO, IO>(out + (i * m + at) * c, c, static_cast<int>(least(L, m - at)), c, s.x + i * lanes + at,
-                            ld);
+        store_words<IO, IO>(out + (i * m + at) * c, c, static_cast<int>(least(L, m - at)), c,
+                            s.x + i * lanes + at, ld);
   }
 };
 

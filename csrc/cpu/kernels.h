@@ -61,10 +61,10 @@ struct WordToSentenceArgs {
   DType tokens_dtype;
   int64_t token_batch_stride;  // elements; 0 where one set of tokens serves the whole batch
   int64_t batch, n, in_features, d;
-  int64_t norm1_size;                  // in_features, or c: every word normalised on its own
-  Param norm1_weight, norm1_bias;      // [norm1_size]
-  Param weight, bias;                  // [d, in_features], [d]
-  Param norm2_weight, norm2_bias;      // [d]
+  int64_t norm1_size;              // in_features, or c: every word normalised on its own
+  Param norm1_weight, norm1_bias;  // [norm1_size]
+  Param weight, bias;              // [d, in_features], [d]
+  Param norm2_weight, norm2_bias;  // [d]
   float eps1, eps2;
   DType compute_dtype;
   int threads;

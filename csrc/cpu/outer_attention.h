@@ -127,8 +127,10 @@ struct OuterAttention {
     G::pad(p, ld, n);
     G::run(s.values, p, ld, s.x);
     for (int64_t at = 0; at < ld; at += L) {
-      for (int64_t k = 0; k < hd; ++k) store(s.x + k * ld + at, load(s.x + k * ld + at) * inverse_total[at / L]);
-      store_words<IO, IO>(out + (first + at) * d, d, static_cast<int>(least(L, count - at)), hd, s.x + at, ld);
+      for (int64_t k = 0; k < hd; ++k)
+        store(s.x + k * ld + at, load(s.x + k * ld + at) * inverse_total[at / L]);
+      store_words<IO, IO>(out + (first + at) * d, d, static_cast<int>(least(L, count - at)), hd, s.x + at,
+                          ld);
     }
   }
 };

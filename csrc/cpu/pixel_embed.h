@@ -121,15 +121,16 @@ struct PixelEmbed {
       read_taps(s.field, s.taps);
       for (int64_t k = 0; k < inputs; k += 2)  // taps has a row of zeros behind an odd last one
         for (int64_t at = 0; at < lanes; at += L)
-          G::put(s.a + i * lanes + at, ld, k, load(s.taps + k * lanes + at), load(s.taps + (k + 1) * lanes + at));
+          G::put(s.a + i * lanes + at, ld, k, load(s.taps + k * lanes + at),
+                 load(s.taps + (k + 1) * lanes + at));
     }
     G::pad(s.a, ld, inputs);
     G::run(weight, s.a, ld, s.y);
     Out* out = static_cast<Out*>(args.out) + first * m * args.c;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t at = 0; at < lanes; at += L)
-        store_words<Out, float>(out + (i * m + at) * args.c, args.c, static_cast<int>(least(L, m - at)), args.c,
-                                s.y + i * lanes + at, ld, position + at * args.c, args.c);
+        store_words<Out, float>(out + (i * m + at) * args.c, args.c, static_cast<int>(least(L, m - at)),
+                                args.c, s.y + i * lanes + at, ld, position + at * args.c, args.c);
   }
 };
 

@@ -144,8 +144,8 @@ TNT_INLINE vu bf16_bits(vf v) {  // round to nearest even; the result in the low
 TNT_INLINE vu bf16_pair(vf lo, vf hi) {
 #if defined(__AVX512BF16__)
   // vcvtne2ps2bf16 puts all of lo below all of hi; the permutation interleaves them.
-  alignas(64) static const uint16_t interleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+  alignas(64) static const uint16_t interleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);
   return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(interleave), packed);

@@ -18,7 +18,9 @@ TNT_INLINE void load_words(const T* from, int64_t stride, int words, int64_t c, 
       for (int i = 0; i < L; ++i) r[i] = load_io(from + i * stride + k);
     } else {
       for (int i = 0; i < L; ++i)
-        r[i] = i >= words ? splat(0.0f) : n == L ? load_io(from + i * stride + k) : load_part(from + i * stride + k, n);
+        r[i] = i >= words ? splat(0.0f)
+               : n == L   ? load_io(from + i * stride + k)
+                          : load_part(from + i * stride + k, n);
     }
     transpose(r);
     if (n == L) {
@@ -66,7 +68,8 @@ struct Affine {
 // LayerNorm over the n rows of x [n, ld], one vector of lanes: emit(k, even, odd) gets rows k and k + 1
 // (zeros for an odd row past the end). Mean first, then the variance of what is left: no cancellation.
 template <class Emit>
-TNT_INLINE void layer_norm(const float* x, int64_t ld, int64_t n, const Affine& affine, float eps, Emit emit) {
+TNT_INLINE void layer_norm(const float* x, int64_t ld, int64_t n, const Affine& affine, float eps,
+                           Emit emit) {
   vf sum[4] = {};
   int64_t k = 0;
   for (; k + 4 <= n; k += 4)
@@ -91,8 +94,9 @@ TNT_INLINE void layer_norm(const float* x, int64_t ld, int64_t n, const Affine& 
 
   for (k = 0; k < n; k += 2) {
     const vf even = (load(x + k * ld) - mean) * rstd * affine.gain[k] + affine.shift[k];
-    const vf odd = k + 1 < n ? (load(x + (k + 1) * ld) - mean) * rstd * affine.gain[k + 1] + affine.shift[k + 1]
-                             : splat(0.0f);
+    const vf odd = k + 1 < n
+                       ? (load(x + (k + 1) * ld) - mean) * rstd * affine.gain[k + 1] + affine.shift[k + 1]
+                       : splat(0.0f);
     emit(k, even, odd);
   }
 }

@@ -79,7 +79,8 @@ struct WordToSentence {
     if (size == inputs || size % 2 == 0) {
       for (int64_t from = 0; from < inputs; from += size)
         layer_norm(s.x + from * kBlock + at, kBlock, size, norm1, args.eps1,
-                   [&](int64_t k, vf even, vf odd) TNT_LAMBDA { G::put(s.a + at, kBlock, from + k, even, odd); });
+                   [&](int64_t k, vf even, vf odd)
+                       TNT_LAMBDA { G::put(s.a + at, kBlock, from + k, even, odd); });
       return;
     }
     for (int64_t from = 0; from < inputs; from += size) {
