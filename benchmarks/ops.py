@@ -1,0 +1,65 @@
+"""Operators against eager PyTorch and torch.compile, at the shapes of a model.
+
+    python benchmarks/ops.py                                   # every op, sizes of TNT-S, TNT-B and c = 48
+    python benchmarks/ops.py --op inner_block --tiers          # also every usable SIMD tier
+
+The results go to benchmarks/results/ops-DEVICE.json; `report.py` makes tables and plots of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tnt_kernels.bench import ops, results
+from tnt_kernels.bench.cases import DTYPES
+from tnt_kernels.bench.engine import run
+from tnt_kernels.bench.environment import slug
+from tnt_kernels.bench.progress import Bar
+from tnt_kernels.bench.sizes import SIZES
+from tnt_kernels.cli.arguments import positive
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", nargs="+", choices=list(ops.OPS), default=list(ops.OPS))
+    parser.add_argument(
+        "--model", nargs="+", choices=list(SIZES), default=["tnt_s", "tnt_b", "tnt_default"], help="sizes"
+    )
+    parser.add_argument("--batch", nargs="+", type=positive, default=[8])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--tiers", action="store_true", help="also every SIMD tier")
+    parser.add_argument("--rounds", type=positive, default=10)
+    parser.add_argument("--threads", type=positive)
+    parser.add_argument("--memory", action="store_true", help="also peak memory (one process per entry)")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    cases = [
+        ops.OpCase(op, model, batch, dtype)
+        for op in arguments.op
+        for model in arguments.model
+        for batch in arguments.batch
+        for dtype in arguments.dtype
+    ]
+    document = run(
+        cases,
+        [name for name in ops.BASELINES if arguments.tiers or name in ops.DEFAULT_NAMES],
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        with_memory=arguments.memory,
+        progress=Bar(),
+    )
+    path = arguments.output or RESULTS / f"ops-{slug(document['device'])}.json"
+    results.save(document, path)
+    print(results.report(document))
+    print(f"\nwritten to {path}")
+    return 1 if results.wrong(document) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""The benchmark engine: statistics, checks, entries that fail, memory, result files."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tnt_kernels.bench import accuracy, cases, engine, environment, memory, models, ops, results, timing
+from tnt_kernels.bench.cases import Baseline, NotRunError, Runner
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class TinyCase:
+    """x -> 2x, with baselines that are right, wrong, slow to set up and broken."""
+
+    kind = "op"
+    unit = "images/s"
+    dtype = "float32"
+    title = "tiny"
+    items = 4
+    x = torch.linspace(-1, 1, 64)
+
+    def fields(self):
+        return {"op": "tiny"}
+
+    def exact(self, family):
+        return self.x.double() * 2
+
+    def eager(self, family):
+        return self.x * 2
+
+    def checked(self, output):
+        return output
+
+    def baselines(self):
+        return {b.name: b for b in self._baselines()}
+
+    def _baselines(self):
+        def runner(function):
+            return lambda case, artifacts: Runner(lambda: function(self.x), torch.float32, "a note")
+
+        def broken(case, artifacts):
+            raise RuntimeError("it broke\nand said more")
+
+        def absent(case, artifacts):
+            raise NotRunError("nowhere is not installed")
+
+        yield Baseline("eager", "eager", runner(lambda x: x * 2))
+        yield Baseline("fast", "fast", runner(lambda x: x + x), ours=True)
+        yield Baseline("slightly_off", "slightly off", runner(lambda x: x * 2.0001), ours=True)
+        yield Baseline("nan", "nan", runner(lambda x: x * math.nan))
+        yield Baseline("shape", "shape", runner(lambda x: x[:-1] * 2))
+        yield Baseline("broken", "broken", broken)
+        yield Baseline("absent", "absent", absent)
+
+
+def run_tiny(**kwargs):
+    names = list(TinyCase().baselines())
+    return engine.run([TinyCase()], names, rounds=3, with_memory=False, **kwargs)
+
+
+def test_only_checked_entries_get_a_time():
+    document = run_tiny()
+    entries = {e["name"]: e for e in document["results"][0]["entries"]}
+    assert {n: e["status"] for n, e in entries.items()} == {
+        "eager": "ok",
+        "fast": "ok",
+        "slightly_off": "wrong",
+        "nan": "wrong",
+        "shape": "wrong",
+        "broken": "not run",
+        "absent": "not run",
+    }
+    for name, entry in entries.items():
+        assert ("per_second" in entry) == (name in ("eager", "fast"))
+    assert entries["broken"]["reason"] == "RuntimeError: it broke"
+    assert entries["absent"]["reason"] == "nowhere is not installed"
+    assert entries["fast"]["per_second"] == pytest.approx(4e3 / entries["fast"]["median_ms"])
+    assert len(entries["fast"]["samples_ms"]) == 3
+    assert len(results.wrong(document)) == 3
+
+
+def test_report_shows_what_ran_and_why_the_rest_did_not():
+    text = results.report(run_tiny())
+    assert "slightly off: WRONG, not timed: error" in text
+    assert "absent: not run: nowhere is not installed" in text
+    assert "fast: a note" in text
+    assert "/ eager" in text
+
+
+def test_document_survives_a_file(tmp_path):
+    document = run_tiny()
+    path = tmp_path / "sub" / "r.json"
+    results.save(document, path)
+    assert results.load(path) == document
+    assert {"date", "rounds", "device", "results"} <= set(document)
+    assert document["device"]["threads"] == 1
+    assert document["device"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", "{}"])
+def test_foreign_result_file_is_refused(tmp_path, content):
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"r\.json"):
+        results.load(path)
+
+
+def test_unknown_baseline_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match=r"baselines must be of eager, .*; got nothing"):
+        engine.run([TinyCase()], ["eager", "nothing"])
+
+
+def test_threads_are_set_and_given_back():
+    seen = []
+
+    class Case(TinyCase):
+        def eager(self, family):
+            seen.append(torch.get_num_threads())
+            return super().eager(family)
+
+    engine.run([Case()], ["eager"], rounds=1, threads=2, with_memory=False)
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        engine.run([Case()], ["eager"], threads=0)
+
+
+def test_rounds_are_interleaved_and_rotate(monkeypatch):
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 0.0)
+    found = timing.interleave(calls, rounds=3, visit_seconds=0.0)
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
+    assert all(len(t.samples) == 3 for t in found.values())
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        timing.interleave(calls, rounds=0)
+
+
+def test_statistics():
+    t = timing.Timing((4.0, 1.0, 2.0, 3.0, 5.0))
+    assert t.median == 3.0
+    assert t.quartiles == (2.0, 4.0)
+    assert t.spread == pytest.approx(2 / 3)
+    assert timing.Timing((2.0,)).spread == 0.0
+
+
+def test_limit_of_error():
+    exact = torch.tensor([0.0, 1.0, -100.0], dtype=torch.float64)
+    eager = (exact + 1e-3).float()
+    assert accuracy.as_accurate_as_eager((exact + 1.4e-3).float(), eager, exact).passed
+    assert not accuracy.as_accurate_as_eager((exact + 1.8e-3).float(), eager, exact).passed
+    assert accuracy.as_accurate_as_eager((exact + 5e-5).float(), exact, exact).passed
+    assert not accuracy.as_accurate_as_eager(torch.full((3,), math.nan), eager, exact).passed
+    assert not accuracy.as_accurate_as_eager(eager[:2], eager, exact).passed
+    assert not accuracy.close_enough((exact + 0.2).float(), eager, exact, torch.float32).passed
+
+
+def test_ratios_divide_by_the_fastest_other():
+    def entry(name, speed):
+        return {"name": name, "status": "ok", "per_second": speed}
+
+    missing = {"name": "deit", "status": "not run"}
+    result = {"kind": "model", "entries": [entry("timm", 10.0), entry("compile", 20.0), missing]}
+    result["entries"] += [entry("openvino", 25.0), entry("fast", 50.0)]
+    found = results.ratios(result)
+    assert found["/ eager TNT"]["fast"] == 5.0
+    assert found["/ best other TNT"]["fast"] == 2.0
+    assert "/ eager DeiT" not in found
+
+
+def test_table_is_aligned():
+    lines = results.table(["", "n"], [["a", "1"], ["bcd", "20"]], right=(1,)).splitlines()
+    assert lines == ["|     |  n |", "| --- | -: |", "| a   |  1 |", "| bcd | 20 |"]
+
+
+def test_slug_names_the_device():
+    device = {"processor": {"name": "Intel(R) Xeon(R) Platinum 8480C", "cores": 4}}
+    assert environment.slug(device) == "intel-xeon-platinum-8480c-4-cores"
+
+
+@pytest.mark.parametrize("op", list(ops.OPS))
+@pytest.mark.parametrize("dtype", list(cases.DTYPES))
+def test_every_op_has_baselines_that_pass_their_check(op, dtype):
+    case = ops.OpCase(op, "tnt_s", 1, dtype)
+    document = engine.run([case], ["eager", "fast"], rounds=1, with_memory=False)
+    for entry in document["results"][0]["entries"]:
+        if entry["status"] == "not run":
+            assert "_native" in entry["reason"]
+        else:
+            assert entry["status"] == "ok", entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing", "tnt_s", 1, "float32"), "op must be one of pixel_embed"),
+        (("inner_mlp", "vit", 1, "float32"), "model must be one of tnt_ti"),
+        (("inner_mlp", "tnt_s", 0, "float32"), "batch must be at least 1, got 0"),
+        (("inner_mlp", "tnt_s", 1, "int8"), "dtype must be one of float32, bfloat16, got 'int8'"),
+    ],
+)
+def test_bad_op_case(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ops.OpCase(*arguments)
+
+
+def test_forced_tier_is_given_back():
+    from tnt_kernels import native
+
+    module = native.load()
+    if module is None:
+        pytest.skip(str(native.why_missing()))
+    before = module.tier()
+    with ops.forced_tier("portable"):
+        assert module.tier() == "portable"
+    assert module.tier() == before
+    with pytest.raises(NotRunError, match="SIMD tier nothing: not built"), ops.forced_tier("nothing"):
+        pass
+
+
+def test_checked_images_hold_the_first_and_the_last():
+    assert models.checked_images(1) == [0]
+    assert models.checked_images(8) == list(range(8))
+    many = models.checked_images(100)
+    assert (many[0], many[-1], len(many)) == (0, 99, 8)
+
+
+def test_randomize_leaves_nothing_trivial():
+    model = models.randomize(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)), seed=3)
+    assert all(p.unique().numel() == p.numel() for p in model.parameters())
+    again = models.randomize(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)), seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_compile_without_a_compiler_is_not_run(monkeypatch):
+    from torch._inductor import cpp_builder
+
+    def none():
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(NotRunError, match=r"needs a C\+\+ compiler"):
+        cases.compiled(torch.sin)
+
+
+@pytest.mark.parametrize("name", ["timm", "fast", "accelerate", "reference", "deit"])
+def test_model_baselines_pass_their_check(name):
+    pytest.importorskip("timm")
+    document = engine.run([models.ModelCase("tnt_ti", 1)], [name], rounds=1, with_memory=False)
+    (entry,) = document["results"][0]["entries"]
+    assert entry["status"] == "ok", entry["reason"]
+
+
+def test_without_timm_its_entries_are_not_run(monkeypatch):
+    def none():
+        raise ImportError("timm is not installed")
+
+    monkeypatch.setattr(models, "import_timm", none)
+    for cache in (models.eager_model, models.exact_logits, models.eager_logits):
+        cache.cache_clear()
+    try:
+        case = models.ModelCase("tnt_ti", 1)
+        document = engine.run([case], ["timm", "fast", "deit"], rounds=1, with_memory=False)
+        found = {e["name"]: (e["status"], e["reason"]) for e in document["results"][0]["entries"]}
+        assert found["timm"] == found["deit"] == ("not run", "timm is not installed")
+        assert found["fast"][0] == "ok"
+    finally:
+        for cache in (models.eager_model, models.exact_logits, models.eager_logits):
+            cache.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_sees_what_a_call_needs():
+    kept = torch.ones(16 * 2**20 // 4)
+
+    def call():
+        return (kept.repeat(4) + 1).sum()
+
+    found = memory.watch(call)
+    if found["forward_mib"] is None:
+        pytest.skip("the peak cannot be reset here")
+    assert 100 < found["forward_mib"] < 200
+    assert found["peak_mib"] > found["forward_mib"]
+
+
+def test_memory_of_an_entry_in_its_own_process(tmp_path):
+    found = memory.measure(ops.OpCase("inner_mlp", "tnt_ti", 1), "eager", tmp_path, threads=1)
+    assert found["peak_mib"] > 50
+    assert found["measure"]
+    with pytest.raises(RuntimeError, match="exit status 1: KeyError: 'nothing'"):
+        memory.measure(ops.OpCase("inner_mlp", "tnt_ti", 1), "nothing", tmp_path, threads=1)
+
+
+def test_report_script_writes_tables_and_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    results.save(run_tiny(), tmp_path / "tiny.json")
+    script = Path(__file__).parents[1] / "benchmarks" / "report.py"
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "tiny.json")], check=True, capture_output=True
+    )
+    assert "| fast " in (tmp_path / "tiny.md").read_text()
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_result_files_in_the_repository_are_readable():
+    for path in (Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"):
+        assert results.report(results.load(path))
+        assert json.loads(path.read_text())["schema"] == engine.SCHEMA

@@ -1,0 +1,284 @@
+"""Models against their baselines: TNT eager, compiled, exported and by this package, and DeiT beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnt_kernels._timm import import_timm
+from tnt_kernels.bench.cases import Baseline, NotRunError, Runner, check_dtype, compiled, torch_call
+from tnt_kernels.bench.sizes import IMAGE_SIZE, size_of
+from tnt_kernels.models.accelerate import accelerate
+from tnt_kernels.models.checkpoint import to_timm
+from tnt_kernels.models.fast_tnt import FastTNT
+from tnt_kernels.models.tnt import TNT
+
+# A float64 pass is slow: of a larger batch so many images are checked, first and last among them.
+CHECKED_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One model at 224 px. dtype float32, or bfloat16: autocast where the runtime is PyTorch."""
+
+    model: str
+    batch: int
+    dtype: str = "float32"
+
+    kind = "model"
+    unit = "images/s"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        size_of(self.model)
+        check_dtype(self.dtype)
+
+    @property
+    def title(self) -> str:
+        return f"{size_of(self.model).title}, batch {self.batch}, {self.dtype}"
+
+    @property
+    def items(self) -> int:
+        return self.batch
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        return BASELINES
+
+    def exact(self, family: str) -> Tensor:
+        return exact_logits(self.model, family, self.batch)
+
+    def eager(self, family: str) -> Tensor:
+        return eager_logits(self.model, family, self.batch, self.dtype)
+
+    def checked(self, output: Tensor) -> Tensor:
+        return output[checked_images(self.batch)]
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a seeded value of a trained model's scale: no bias is zero and no gain is one."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if isinstance(module, nn.LayerNorm) and name == "weight":
+                value = 1 + 0.1 * noise
+            elif parameter.ndim <= 1:
+                value = 0.1 * noise
+            elif isinstance(module, (nn.Linear, nn.Conv2d)):
+                value = noise * parameter[0].numel() ** -0.5
+            else:
+                value = 0.5 * noise
+            parameter.copy_(value)
+    return model
+
+
+def images(batch: int) -> Tensor:
+    """Seeded images [batch, 3, 224, 224], normal: of the scale that preprocessing gives a photograph."""
+    return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def checked_images(batch: int) -> list[int]:
+    last, count = batch - 1, min(batch, CHECKED_IMAGES)
+    return sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
+
+
+@functools.lru_cache(maxsize=1)
+def reference(model: str) -> TNT:
+    """This package's plain TNT with seeded weights: the one source of weights for every entry."""
+    made = TNT(**size_of(model).arguments()).eval()
+    randomize(made)
+    return made
+
+
+def timm_module() -> Any:
+    try:
+        return import_timm()
+    except ImportError as error:
+        raise NotRunError(str(error)) from error
+
+
+def timm_tnt(model: str) -> nn.Module:
+    """timm's TNT with the weights of `reference(model)`."""
+    timm = timm_module()
+    made = timm.models.tnt.TNT(**size_of(model).timm_arguments()).eval()
+    made.load_state_dict(to_timm(reference(model).state_dict()))
+    return made
+
+
+@functools.lru_cache(maxsize=2)
+def eager_model(model: str, family: str) -> nn.Module:
+    """The network of a family as eager PyTorch runs it; TNT without timm is this package's plain one."""
+    if family == "deit":
+        made = timm_module().create_model(size_of(model).deit).eval()
+        randomize(made)
+        return made
+    try:
+        return timm_tnt(model)
+    except NotRunError:
+        return reference(model)
+
+
+@functools.lru_cache(maxsize=4)
+def exact_logits(model: str, family: str, batch: int) -> Tensor:
+    """Logits of the checked images in float64."""
+    exact = copy.deepcopy(eager_model(model, family)).double()
+    with torch.inference_mode():
+        return exact(images(batch)[checked_images(batch)].double())
+
+
+@functools.lru_cache(maxsize=4)
+def eager_logits(model: str, family: str, batch: int, dtype: str) -> Tensor:
+    """Logits of the checked images in eager PyTorch."""
+    return torch_call(eager_model(model, family), (images(batch)[checked_images(batch)],), dtype)()
+
+
+def _torch(case: ModelCase, model: Any) -> Runner:
+    return Runner(torch_call(model, (images(case.batch),), case.dtype), check_dtype(case.dtype))
+
+
+def _timm(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, timm_tnt(case.model))
+
+
+def _reference(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, reference(case.model))
+
+
+def _timm_compiled(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, compiled(timm_tnt(case.model)))
+
+
+def _timm_frozen(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, compiled(timm_tnt(case.model), freezing=True))
+
+
+def _fast(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, FastTNT.from_reference(reference(case.model)).eval())
+
+
+def _fast_compiled(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, compiled(FastTNT.from_reference(reference(case.model)).eval()))
+
+
+def _accelerated(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, accelerate(timm_tnt(case.model)))
+
+
+def _deit(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, eager_model(case.model, "deit"))
+
+
+def _deit_compiled(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, compiled(eager_model(case.model, "deit")))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """For exporters: no gradients, and none of the notes that they print while they trace."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        warnings.catch_warnings(action="ignore"),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def _onnxruntime(case: ModelCase, artifacts: Path) -> Runner:
+    """Always float32: the CPU provider of ONNX Runtime has no bfloat16 kernels for these operators."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise NotRunError("onnxruntime is not installed") from error
+    path = _exported_onnx(case, artifacts)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images(case.batch).numpy()}
+    note = "" if case.dtype == "float32" else "in float32: ONNX Runtime has no bfloat16 on the CPU"
+    return Runner(lambda: torch.from_numpy(session.run(None, feed)[0]), torch.float32, note)
+
+
+def _exported_onnx(case: ModelCase, artifacts: Path) -> Path:
+    path = artifacts / f"{case.model}_{case.batch}.onnx"
+    if not path.exists():
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise NotRunError(f"the export to ONNX needs {error.name}, which is not installed") from error
+        with _quiet():
+            torch.onnx.export(
+                timm_tnt(case.model),
+                (images(case.batch),),
+                str(path),
+                dynamo=True,
+                verbose=False,
+                external_data=True,
+            )
+    return path
+
+
+def _openvino(case: ModelCase, artifacts: Path) -> Runner:
+    try:
+        import openvino
+    except ImportError as error:
+        raise NotRunError("openvino is not installed") from error
+    path = artifacts / f"{case.model}_{case.batch}.xml"
+    example = images(case.batch)
+    if not path.exists():
+        with _quiet():
+            exported = openvino.convert_model(timm_tnt(case.model), example_input=example)
+        exported.reshape(list(example.shape))
+        openvino.save_model(exported, path, compress_to_fp16=False)
+    precision = check_dtype(case.dtype)
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if precision is torch.bfloat16 else "f32",
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    array = example.numpy()
+    note = "inference precision bf16" if precision is torch.bfloat16 else ""
+
+    def call() -> Tensor:
+        return torch.from_numpy(request.infer([array], share_inputs=True, share_outputs=True)[0])
+
+    return Runner(call, precision, note)
+
+
+BASELINES: dict[str, Baseline] = {
+    b.name: b
+    for b in (
+        Baseline("timm", "timm TNT, eager", _timm),
+        Baseline("compile", "timm TNT, torch.compile", _timm_compiled),
+        Baseline("frozen", "timm TNT, torch.compile with frozen weights", _timm_frozen),
+        Baseline("onnxruntime", "timm TNT, ONNX Runtime", _onnxruntime),
+        Baseline("openvino", "timm TNT, OpenVINO", _openvino),
+        Baseline("reference", "plain TNT of this package, eager", _reference),
+        Baseline("fast", "FastTNT", _fast, ours=True),
+        Baseline("fast_compile", "FastTNT, torch.compile", _fast_compiled, ours=True),
+        Baseline("accelerate", "accelerate(timm TNT)", _accelerated, ours=True),
+        Baseline("deit", "timm DeiT, eager", _deit, family="deit"),
+        Baseline("deit_compile", "timm DeiT, torch.compile", _deit_compiled, family="deit"),
+    )
+}
+DEFAULT_NAMES = ("timm", "compile", "fast", "fast_compile", "accelerate", "deit", "deit_compile")
+ALL_NAMES = tuple(BASELINES)
