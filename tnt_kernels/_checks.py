@@ -7,6 +7,8 @@ names the argument, what was given and what is needed. All of them can be traced
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,15 @@ def check_tensor(op: str, argument: str, value: object, layout: str) -> None:
         raise error(op, argument, f"a tensor of shape [{layout}]", f"shape {list(value.shape)}")
     if value.dtype not in DTYPES:
         raise error(op, argument, "of dtype float32, bfloat16, float16 or float64", value.dtype)
+
+
+def pair(op: str, argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Returns (height, width) of an argument that is one number for both or a pair."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value, value
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise error(op, argument, "one number or a pair of numbers", repr(value))
+    return value[0], value[1]
 
 
 def check_compute_dtype(op: str, x: Tensor, compute_dtype: torch.dtype | None) -> None:

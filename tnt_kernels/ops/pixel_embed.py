@@ -44,7 +44,7 @@ def pixel_embed(
 
     Source: "Transformer in Transformer", arXiv 2103.00112, section 2.2.
     """
-    patch_h, patch_w = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
+    patch_h, patch_w = _checks.pair("pixel_embed", "patch_size", patch_size)
     _checks.check_tensor("pixel_embed", "image", image, _checks.IMAGE)
     backend = dispatch.choose("pixel_embed", image, weight, bias, position)
     compute_dtype = compute_dtype_of(image)
