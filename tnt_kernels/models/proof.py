@@ -1,0 +1,281 @@
+"""Prove by a run that a module computes what its plan says.
+
+Names and types alone could be wrong: a block with a TNT's children may have a forward of its own. Before anything
+stands in for a user's module, a copy of it with other, random parameters runs in float64 on a few sentences, beside
+the same parameters through the reference operations. The user's module is not called, nor are its hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnt_kernels import dispatch
+from tnt_kernels.models import fused
+from tnt_kernels.models.plan import BlockPlan, ModelPlan, PixelPlan
+from tnt_kernels.models.tnt import SE
+
+# Far above the rounding of a user's forward that computes its softmax or norms in float32, and far below what
+# another activation, scale or order of operations makes of random parameters.
+TOLERANCE = 1e-6
+
+IMAGES, SENTENCES = 2, 3
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def clone(
+    module: nn.Module, generator: torch.Generator, stand_ins: Mapping[nn.Module, nn.Module] | None = None
+) -> nn.Module:
+    """A copy of the structure: same classes and attributes, no hooks, random float64 parameters on the CPU.
+
+    `stand_ins` are put, as they are, where the copy would have copies of their keys.
+    """
+    modules: dict[int, nn.Module] = {id(old): new for old, new in (stand_ins or {}).items()}
+    tensors: dict[int, Any] = {}
+
+    def of_tensor(name: str, old: Any) -> Any:
+        if old is None:
+            return None
+        if id(old) not in tensors:
+            tensors[id(old)] = _random_like(name, old, generator) if isinstance(old, nn.Parameter) else _copied(old)
+        return tensors[id(old)]
+
+    def of_module(old: nn.Module | None) -> nn.Module | None:
+        if old is None:
+            return None
+        if id(old) in modules:
+            return modules[id(old)]
+        new = modules[id(old)] = old.__class__.__new__(old.__class__)
+        state = dict(old.__dict__)
+        for name, value in state.items():
+            if type(value) in (list, dict, set):  # a forward may write into them
+                state[name] = copy.copy(value)
+        for name in _HOOKS:
+            if name in state:
+                state[name] = type(state[name])()
+        state["_parameters"] = {name: of_tensor(name, value) for name, value in old._parameters.items()}
+        state["_buffers"] = {name: of_tensor(name, value) for name, value in old._buffers.items()}
+        state["_modules"] = {name: of_module(child) for name, child in old._modules.items()}
+        new.__dict__.update(state)
+        return new
+
+    made = of_module(module)
+    assert made is not None
+    return made
+
+
+def _random_like(name: str, old: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    mean, spread = 0.0, 1.0
+    if old.dim() < 2:
+        mean = 1.0 if name == "weight" else 0.0
+    else:
+        spread = 2.5 * old[0].numel() ** -0.5
+    return nn.Parameter(_random(generator, *old.shape, mean=mean, spread=spread), requires_grad=False)
+
+
+def _copied(buffer: Tensor) -> Tensor:
+    new = buffer.detach().clone().cpu()
+    return new.double() if new.is_floating_point() else new
+
+
+def _silence(module: nn.Module, rates: tuple[Any, ...]) -> None:
+    for path, rate in rates:
+        child = module.get_submodule(".".join(path))
+        setattr(child, rate, 0.0)
+
+
+def _stored(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """Attributes of a module and its children, to see what a run leaves there."""
+    return {
+        (path, name): value
+        for path, child in module.named_modules()
+        for name, value in child.__dict__.items()
+        if name not in ("_parameters", "_buffers", "_modules", "training", *_HOOKS)
+    }
+
+
+def _compare(module: nn.Module, run: Callable[[], Any], exact: Callable[[], tuple[Tensor, ...]]) -> str | None:
+    """Why `run`, which calls `module`, does not give the tensors of `exact`, or None."""
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        torch.autocast("cpu", enabled=False),
+        dispatch.use_backend("reference"),
+    ):
+        expected = exact()
+        before = _stored(module)
+        try:
+            given = run()
+        except Exception as error:  # whatever a user's forward may raise on a small input
+            return f"its forward fails in a test run: {type(error).__name__}: {error}"
+        after = _stored(module)
+    left = [key for key, value in after.items() if key not in before or before[key] is not value]
+    if left:
+        names = ", ".join(".".join(filter(None, key)) for key in left)
+        return f"its forward stores {names}, which a fused one would not"
+    outputs = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    if len(outputs) != len(expected) or not all(isinstance(output, Tensor) for output in outputs):
+        return "its forward returns something else than a TNT's"
+    for output, tensor in zip(outputs, expected, strict=True):
+        if output.shape != tensor.shape:
+            return f"its forward returns the shape {list(output.shape)}, a TNT's {list(tensor.shape)}"
+        error = (output.double() - tensor).abs().max().item()
+        scale = tensor.abs().max().item()
+        if not error <= TOLERANCE * scale:
+            return f"its forward computes something else than a TNT's (off by {error / scale:.1e} in a test run)"
+    return None
+
+
+def _random(generator: torch.Generator, *shape: int, mean: float = 0.3, spread: float = 2.0) -> Tensor:
+    # Uniform: several times faster than normal, and there may be millions of them.
+    values = torch.empty(shape, dtype=torch.float64, device="cpu")
+    return values.uniform_(mean - spread, mean + spread, generator=generator)
+
+
+def prove_block(block: nn.Module, plan: BlockPlan) -> BlockPlan:
+    """The plan with what a test run found against it: nothing, `refused`, or not `training`."""
+    if plan.refused is not None:
+        return plan
+    generator = torch.Generator().manual_seed(0)
+    try:
+        twin = clone(block, generator)
+        words, tokens = _block_input(twin, plan, generator)
+    except Exception as error:  # a class that cannot be made without its constructor, a norm of unknown width
+        return replace(plan, refused=f"a copy for a test run cannot be made: {type(error).__name__}: {error}")
+    chosen = fused.Chosen(
+        *(
+            None if part is None or part.refused is not None else fused.part_arguments(twin, plan, part)
+            for part in (plan.inner, plan.projection, plan.outer)
+        )
+    )
+
+    def found(training: bool) -> str | None:
+        twin.train(training)
+        return _compare(
+            twin,
+            lambda: twin(words.clone(), tokens.clone()),
+            lambda: fused.compose(twin, plan, chosen, words, tokens),
+        )
+
+    refused = found(training=False)
+    if refused is not None:
+        return replace(plan, refused=refused)
+    for path, rate in plan.noise:
+        setattr(twin.get_submodule(".".join(path)), rate, 0.0)
+    return replace(plan, training=found(training=True) is None)
+
+
+def _block_input(block: nn.Module, plan: BlockPlan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    children: dict[str, Any] = block._modules
+    d = children[plan.names.outer.norm1].normalized_shape[0]
+    m, c = 4, 6
+    if plan.inner is not None:
+        c = children[plan.names.inner.norm1].normalized_shape[0]
+        m = children[plan.names.projection.proj].in_features // c
+    return _random(generator, IMAGES * SENTENCES, m, c), _random(generator, IMAGES, SENTENCES + 1, d)
+
+
+def prove_pixel_embed(module: nn.Module, plan: PixelPlan) -> PixelPlan:
+    """The plan with what a test run found against it: nothing, the other kind of convolution, or a refusal."""
+    if plan.part.refused is not None:
+        return plan
+    generator = torch.Generator().manual_seed(0)
+    try:
+        twin = clone(module, generator).eval()
+    except Exception as error:
+        why = f"a copy for a test run cannot be made: {type(error).__name__}: {error}"
+        return replace(plan, part=replace(plan.part, refused=why))
+    proj: Any = twin._modules["proj"]
+    image = _random(generator, IMAGES, proj.in_channels, *plan.img_size)
+    rows, columns = (-(-size // proj.stride[0]) for size in plan.patch_size)
+    position = _random(generator, 1, proj.out_channels, rows, columns) if plan.positioned else None
+
+    def found(candidate: PixelPlan) -> str | None:
+        return _compare(
+            twin,
+            lambda: twin(image.clone()) if position is None else twin(image.clone(), position),
+            lambda: (fused.pixel_embed(twin, candidate, image, position),),
+        )
+
+    why = found(plan)
+    if why is None:
+        return plan
+    other = replace(plan, legacy=not plan.legacy)
+    try:
+        if found(other) is None:
+            return other
+    except (RuntimeError, ValueError):  # the whole-image convolution does not fit every size
+        pass
+    return replace(plan, part=replace(plan.part, refused=why))
+
+
+def prove_squeeze(squeeze: nn.Module) -> str | None:
+    """Why a squeeze-and-excitation branch is not that of `TNT`, or None."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        twin = clone(squeeze, generator).eval()
+        state = twin.state_dict()
+        ours = SE(state["fc.0.weight"].numel()).double().eval()
+        ours.load_state_dict(state)
+    except Exception as error:
+        return f"its squeeze-and-excitation is another: {type(error).__name__}: {error}"
+    tokens = _random(generator, IMAGES, SENTENCES + 1, state["fc.0.weight"].numel())
+    why = _compare(twin, lambda: twin(tokens), lambda: (ours(tokens),))
+    return None if why is None else f"its squeeze-and-excitation is another: {why}"
+
+
+class _StandIn(nn.Module):
+    """In place of a block: cheap, and different in every position, so that their order shows.
+
+    The last one leaves nothing but the class token: a model that reads another token does not give a number.
+    """
+
+    def __init__(self, index: int, is_last: bool) -> None:
+        super().__init__()
+        self.index = index
+        self.is_last = is_last
+
+    def forward(self, words: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        seen = words.mean((1, 2)).reshape(tokens.shape[0], -1).mean(1)[:, None, None]
+        words = torch.sin(words + self.index)
+        tokens = torch.cos(tokens + seen + self.index)
+        if self.is_last:
+            tokens[:, 1:] = torch.nan
+        return words, tokens
+
+
+def prove_model(model: nn.Module, plan: ModelPlan) -> ModelPlan:
+    """The plan with what a test run of the model around its blocks found against it: nothing, or `refused`."""
+    if plan.refused is not None:
+        return plan
+    names = plan.names
+    plan = replace(plan, pixel=prove_pixel_embed(model.get_submodule(names.pixel_embed), plan.pixel))
+    generator = torch.Generator().manual_seed(0)
+    try:
+        blocks = list(model.get_submodule(names.blocks).children())
+        stand_ins = {block: _StandIn(index, index == len(blocks) - 1) for index, block in enumerate(blocks)}
+        twin = clone(model, generator, stand_ins).eval()
+    except Exception as error:
+        return replace(plan, refused=f"a copy for a test run cannot be made: {type(error).__name__}: {error}")
+    proj: Any = twin.get_submodule(names.pixel_embed)._modules["proj"]
+    image = _random(generator, IMAGES, proj.in_channels, *plan.pixel.img_size)
+    why = _compare(
+        twin,
+        lambda: twin(image.clone()),
+        lambda: (fused.head(twin, plan, fused.run_features(twin, plan, image)),),
+    )
+    return plan if why is None else replace(plan, refused=why)
