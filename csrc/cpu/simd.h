@@ -100,7 +100,9 @@ TNT_INLINE vf exp2_(vf t) {
     p = p * f + 6.9583356e-1f;
     p = p * f + 9.999252e-1f;
   }
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);
+  // Zero rather than a subnormal, on which later products would be slow; the comparison lets NaN through.
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)t);
 #else
   const vf clamped = max_keep(splat(-126.0f), t);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
