@@ -172,8 +172,8 @@ def test_arguments_stay_as_they_are(tier: str) -> None:
         assert torch.equal(values[name], copy), name
 
 
-def _special(op: str, name: str, value: float) -> dict[str, Any]:
-    values = inner_arguments(op, 5, 16, 24, 4)
+def _special(op: str, name: str, value: float, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    values = inner_arguments(op, 5, 16, 24, 4, dtype=dtype)
     if name == "x":
         values["x"][1, 3, 5] = value
         values["x"][4, 15, 23] = value
@@ -184,10 +184,14 @@ def _special(op: str, name: str, value: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e15])
 @pytest.mark.parametrize("op", INNER_OPS)
-def test_special_values_in_words(tier: str, op: str, value: float) -> None:
-    values = _special(op, "x", value)
-    ours = run(op, values)
-    assert_same_special_values(ours, run(op, values, backend="reference"))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_special_values_in_words(tier: str, op: str, value: float, precision: str) -> None:
+    dtype, autocast = PRECISIONS[precision]
+    if value == 1e15 and dtype == torch.float16:
+        value = 1e4
+    values = _special(op, "x", value, dtype)
+    ours = run(op, values, autocast)
+    assert_same_special_values(ours, run(op, values, autocast, backend="reference"))
     assert torch.isfinite(ours[[0, 2, 3]]).all()
 
 
