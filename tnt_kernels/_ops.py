@@ -87,13 +87,13 @@ word_to_sentence = _define(
 add_layer_norm = _define(
     "add_layer_norm",
     "(Tensor x, Tensor? y, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype) -> (Tensor, Tensor)",
-    reference.add_layer_norm,
+    reference.add_layer_norm_in,
 )
 # x times the weights joined along their outputs: one product for q, k and v.
 packed_linear = _define(
     "packed_linear",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, bool gelu) -> Tensor",
-    reference.packed_linear,
+    reference.packed_linear_in,
 )
 
 
@@ -118,29 +118,25 @@ def _(
 
 @torch.library.register_fake("tnt_kernels::inner_attention", lib=lib)
 def _(x: Tensor, *args: Any) -> Tensor:
-    *parameters, num_heads, _scale, _eps, compute_dtype = args
-    _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
+    _checks.check_inner_attention(x, *args[:-3], *args[-1:])
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("tnt_kernels::inner_mlp", lib=lib)
 def _(x: Tensor, *args: Any) -> Tensor:
-    *parameters, _eps, compute_dtype = args
-    _checks.check_inner_mlp(x, *parameters, compute_dtype)
+    _checks.check_inner_mlp(x, *args[:-2], *args[-1:])
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("tnt_kernels::inner_block", lib=lib)
 def _(x: Tensor, *args: Any) -> Tensor:
-    *parameters, num_heads, _scale, _eps1, _eps2, compute_dtype = args
-    _checks.check_inner_block(x, *parameters, num_heads, compute_dtype)
+    _checks.check_inner_block(x, *args[:-4], *args[-1:])
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("tnt_kernels::word_to_sentence", lib=lib)
 def _(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:
-    *parameters, _eps1, _eps2, compute_dtype = args
-    _checks.check_word_to_sentence(words, tokens, *parameters, compute_dtype)
+    _checks.check_word_to_sentence(words, tokens, *args[:-3], *args[-1:])
     return tokens.new_empty(tokens.shape)
 
 

@@ -11,7 +11,7 @@ import os
 import warnings
 from types import ModuleType
 
-import torch  # first: the native module must find torch's OpenMP runtime already in the process
+import torch  # noqa: F401  first: the native module must find torch's OpenMP runtime loaded
 
 __all__ = ["load", "warn_once", "why_missing"]
 
@@ -59,7 +59,6 @@ def why_missing() -> str | None:
     return _reason
 
 
-@torch.compiler.assume_constant_result
 def warn_once() -> None:
     """Warns, once in a process, that the native module is missing and how to get it."""
     global _warned
@@ -71,3 +70,8 @@ def warn_once() -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+# Dynamo runs the function while it traces instead of tracing it. torch.compiler.assume_constant_result
+# sets the same mark, but imports Dynamo, which takes longer than all of this package.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ benchmarks. An active torch.autocast acts here as it acts on the reference model
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_in",
     "attention",
     "inner_attention",
     "inner_attention_in",
@@ -25,6 +27,7 @@ __all__ = [
     "inner_mlp_in",
     "layer_norm",
     "packed_linear",
+    "packed_linear_in",
     "pixel_embed",
     "pixel_embed_dtype",
     "pixel_embed_in",
@@ -188,6 +191,13 @@ def packed_linear(
     return F.gelu(out) if gelu else out
 
 
+def _autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to dtype whatever surrounds it; None switches it off."""
+    if device == "meta":  # autocast does not know it, and computes nothing there
+        return nullcontext()
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+
+
 def _in_compute_dtype(
     function: Callable[..., Tensor],
     compute_dtype: torch.dtype | None,
@@ -195,14 +205,10 @@ def _in_compute_dtype(
     *args: Any,
 ) -> Tensor:
     device = args[0].device.type
-    if compute_dtype in (torch.bfloat16, torch.float16) and device != "meta":
-        with torch.autocast(device, dtype=compute_dtype):
-            return function(*args).to(out_dtype)
-    if compute_dtype is not None:
+    lower = compute_dtype in (torch.bfloat16, torch.float16) and device != "meta"
+    if compute_dtype is not None and not lower:
         args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-    if device == "meta":
-        return function(*args).to(out_dtype)
-    with torch.autocast(device, enabled=False):
+    with _autocast(device, compute_dtype if lower else None):
         return function(*args).to(out_dtype)
 
 
@@ -240,3 +246,13 @@ def inner_block_in(x: Tensor, *args: Any) -> Tensor:
 def word_to_sentence_in(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:
     *rest, compute_dtype = args
     return _in_compute_dtype(word_to_sentence, compute_dtype, tokens.dtype, words, tokens, *rest)
+
+
+def add_layer_norm_in(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    with _autocast(x.device.type, None):
+        return add_layer_norm(x, *args)
+
+
+def packed_linear_in(x: Tensor, *args: Any) -> Tensor:
+    with _autocast(x.device.type, None):
+        return packed_linear(x, *args)

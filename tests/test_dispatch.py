@@ -1,0 +1,209 @@
+"""The choice of a backend: conditions, forcing, threads and tasks, what happens without the native module."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import OPS, arguments, run
+
+from tnt_kernels import dispatch, native, ops
+from tnt_kernels.dispatch import can_run_cpu, choose, requested, use_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new interpreter with these environment variables."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TNT_")} | variables
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_cpu_is_chosen(needs_native: None) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.ones(3, dtype=dtype)
+        assert choose("op", x, None, torch.nn.Parameter(x, requires_grad=False)) == "cpu"
+        assert can_run_cpu("op", x) is None
+
+
+def test_reasons(needs_native: None) -> None:
+    x = torch.ones(3)
+    wanting = torch.ones(3, requires_grad=True)
+    assert "gradient is needed" in str(can_run_cpu("op", x, wanting))
+    assert "gradient is needed" in str(can_run_cpu("op", x, needs_grad=True))
+    assert can_run_cpu("op", x, wanting, needs_grad=False) is None
+    assert "meta" in str(can_run_cpu("op", x, x.to("meta")))
+    assert "float64" in str(can_run_cpu("op", x.double()))
+    assert "int64" in str(can_run_cpu("op", x.long()))
+    assert "list" in str(can_run_cpu("op", [1.0]))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert can_run_cpu("op", wanting) is None
+        assert choose("op", wanting) == "cpu"
+    with torch.inference_mode():
+        assert choose("op", wanting) == "cpu"
+    with torch.autograd.forward_ad.dual_level():
+        assert "forward-mode" in str(can_run_cpu("op", x))
+    torch.func.vmap(lambda v: (_expect("torch.func", v), v)[1])(x)
+
+
+def _expect(reason: str, *tensors: torch.Tensor) -> None:
+    assert reason in str(can_run_cpu("op", *tensors))
+    assert choose("op", *tensors) == "reference"
+
+
+def test_forcing() -> None:
+    x = torch.ones(3)
+    with use_backend("reference"):
+        assert choose("op", x) == "reference"
+        assert requested() == "reference"
+    with use_backend("cpu"):
+        with pytest.raises(RuntimeError, match=r"my_op: the cpu backend is forced .* a gradient is needed"):
+            choose("my_op", x.requires_grad_())
+        with pytest.raises(RuntimeError, match=r"my_op: .*float64"):
+            choose("my_op", x.detach().double())
+        with use_backend("auto"):
+            assert requested() == "auto"
+        assert requested() == "cpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forced_cpu_refuses_gradients(op: str, needs_native: None) -> None:
+    values = {n: v.requires_grad_() if isinstance(v, torch.Tensor) else v for n, v in arguments(op).items()}
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=f"{op}: the cpu backend is forced .*no_grad"):
+        getattr(ops, op)(**values)
+    run(op, values, backend="cpu")  # without gradients it runs
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="must be one of auto, reference, cpu; got 'gpu'"):
+        use_backend("gpu")
+
+
+def test_a_context_is_left_on_errors_and_can_be_entered_again() -> None:
+    before = requested()
+    context = use_backend("reference")
+    with pytest.raises(KeyError), context:
+        raise KeyError
+    assert requested() == before
+    with context, context:
+        assert requested() == "reference"
+    assert requested() == before
+    assert dispatch._traced_override is None
+
+
+def test_the_choice_belongs_to_a_thread() -> None:
+    before, seen = requested(), []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(requested()))
+        thread.start()
+        thread.join()
+    assert seen == [before]
+
+
+def test_the_choice_belongs_to_a_task() -> None:
+    async def work(name: str, delay: float) -> str:
+        with use_backend(name):
+            await asyncio.sleep(delay)
+            return requested()
+
+    async def both() -> list[str]:
+        return await asyncio.gather(work("reference", 0.02), work("cpu", 0.01))
+
+    assert asyncio.run(both()) == ["reference", "cpu"]
+    assert contextvars.copy_context().run(requested) == requested()
+    assert dispatch._traced_override is None
+
+
+def test_overhead() -> None:
+    """Choosing and checking cost microseconds: a bound that only a mistake passes."""
+    values = arguments("inner_block")
+    tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(20):
+            start = time.perf_counter()
+            for _ in range(50):
+                choose("inner_block", *tensors)
+            best = min(best, (time.perf_counter() - start) / 50)
+    assert best < 100e-6
+
+
+ENVIRONMENT = """
+from oracle import arguments, run
+from tnt_kernels import native, ops
+from tnt_kernels.dispatch import choose, requested
+values = arguments("inner_block")
+print(requested(), choose("inner_block", values["x"]), native.load().tier())
+ops.inner_block(**values)
+try:
+    ops.inner_block(**{**values, "x": values["x"].requires_grad_()})
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_environment_variables(needs_native: None) -> None:
+    result = python(ENVIRONMENT, TNT_BACKEND=" CPU ", TNT_CPU_TIER=" Portable ")
+    assert result.stdout.startswith("cpu cpu portable\ninner_block: the cpu backend is forced"), result
+
+
+def test_environment_names_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_environment", "gpu")
+    with pytest.raises(ValueError, match="TNT_BACKEND must be one of auto, reference, cpu; got 'gpu'"):
+        choose("op", torch.ones(1))
+    with use_backend("auto"):
+        assert requested() == "auto"
+
+
+MISSING = """
+import sys, warnings
+sys.modules["tnt_kernels._native"] = None
+import torch
+from oracle import OPS, arguments, operator, operator_arguments, run
+from tnt_kernels import native, ops
+from tnt_kernels.dispatch import can_run_cpu, use_backend
+assert native.load() is None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for op in OPS:
+        values = arguments(op)
+        out = run(op, values, backend="auto")
+        assert torch.equal(out, run(op, values, backend="reference"))
+        assert torch.equal(out, operator(op)(*operator_arguments(op, values)))
+        function = torch.compile(lambda given: getattr(ops, op)(**given), backend="eager", fullgraph=True)
+        torch.testing.assert_close(function(values), out)
+assert [w.category for w in caught if "tnt_kernels" in str(w.message)] == [RuntimeWarning], caught
+print(caught[0].message)
+print(caught[0].filename)
+assert can_run_cpu("op", torch.ones(1)) == native.why_missing()
+try:
+    run("inner_block", arguments("inner_block"), backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_the_native_module() -> None:
+    result = python(MISSING)
+    assert result.returncode == 0, result.stderr
+    warning, filename, error = result.stdout.splitlines()
+    assert "_native cannot be imported" in warning
+    assert "pip install" in warning
+    assert filename.endswith(("oracle.py", "dispatch.py", "inner_block.py", "pixel_embed.py")), filename
+    assert error.startswith("inner_block: the cpu backend is forced but cannot run")
+    assert "_native cannot be imported" in error
+
+
+def test_reason_is_remembered() -> None:
+    assert (native.load() is None) == (native.why_missing() is not None)
