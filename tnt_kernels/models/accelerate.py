@@ -1,7 +1,8 @@
 """Make the TNTs inside a module faster, in place, and undo it.
 
-A recognised module keeps its identity, parameters, buffers, children and hooks; only its class becomes a subclass
-of its own class, with the same name, whose forward runs fused where it may and else is the class's own.
+A recognised module keeps its identity, parameters, buffers, children and hooks; only its class becomes a
+subclass of its own class, with the same name, whose forward runs fused where it may and else is the class's
+own.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ LOOKED_FOR = (
 def accelerate(model: Model) -> Model:
     """Make every TNT in a module faster, in place; returns the module.
 
-    A TNT is recognised by its structure: a block whose children have the authors' names or timm's (current or
-    legacy), wherever it lies and whoever wrote its class. Each is first proved by a test run of a copy: a block
-    that computes something else stays as it is. Names, parameters, hooks, state dict, `repr` and `isinstance` do
-    not change, and pickle, `copy.deepcopy`, `torch.compile` and `torch.export` work. What cannot run fused in a
-    call (gradients needed, active dropout, a hooked or replaced module, ...) runs as it is written, and
-    :func:`explain` says what and why. Accelerating twice is the same as once; :func:`restore` undoes it.
+    A TNT is recognised by its structure: a block whose children have the authors' names or timm's (current
+    or legacy), wherever it lies and whoever wrote its class. Each is first proved by a test run of a copy:
+    a block that computes something else stays as it is. Names, parameters, hooks, state dict, `repr` and
+    `isinstance` do not change, and pickle, `copy.deepcopy`, `torch.compile` and `torch.export` work. What
+    cannot run fused in a call (gradients needed, active dropout, a hooked or replaced module, ...) runs as
+    it is written, and :func:`explain` says what and why. Accelerating twice is the same as once;
+    :func:`restore` undoes it.
 
     Warns where TNT blocks were found but none can run fused.
 
@@ -60,7 +62,7 @@ def accelerate(model: Model) -> Model:
     """
     check_module(model)
     blocks = fast = 0
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for name, module, plan in list(candidates(model)):
         is_block = isinstance(plan, BlockPlan)
         blocks += is_block
@@ -72,12 +74,13 @@ def accelerate(model: Model) -> Model:
                 why = f"its class cannot be replaced: {error}"
         if is_block:
             fast += why is None
-            reasons += [] if why is None else [f"{name or 'the module'}: {why}"]
+            if why is not None:
+                reasons.setdefault(why, []).append(name or "the module")
     if not blocks:
         raise ValueError(f"nothing to accelerate in {type(model).__name__}: there are no {LOOKED_FOR}")
     if not fast:
-        shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-        warnings.warn(f"accelerate changes nothing: {shown}", UserWarning, stacklevel=2)
+        listed = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        warnings.warn(f"no TNT block can be accelerated: {listed}", UserWarning, stacklevel=2)
     return model
 
 
@@ -115,7 +118,7 @@ def refusal(plan: Plan) -> str | None:
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
-    """Name, module and proved plan of every TNT, TNT block and pixel embedding; those of a fast one are its own."""
+    """Name, module and proved plan of every TNT, TNT block and pixel embedding; fast ones have theirs."""
     proved: dict[Any, Plan] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -139,10 +142,13 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
 
 def _is_pixel_embed(name: str, modules: dict[str, nn.Module]) -> bool:
     parent, _, last = name.rpartition(".")
-    if last not in (AUTHORS_MODEL.pixel_embed, TIMM_MODEL.pixel_embed):
+    owner = modules[parent]
+    siblings = owner._modules.get(AUTHORS_MODEL.blocks)
+    if last not in (AUTHORS_MODEL.pixel_embed, TIMM_MODEL.pixel_embed) or siblings is None:
         return False
-    siblings = modules[parent]._modules.get(AUTHORS_MODEL.blocks)
-    return siblings is not None and any(is_fast(block) or plan_block(block) for block in siblings.children())
+    if isinstance(owner, FastTNT):  # embeds without calling it
+        return False
+    return any(is_fast(block) or plan_block(block) is not None for block in siblings.children())
 
 
 def _configuration(module: nn.Module, plan: Plan) -> tuple[Any, ...]:
@@ -159,18 +165,19 @@ def _configuration(module: nn.Module, plan: Plan) -> tuple[Any, ...]:
     return tuple(found)
 
 
-@functools.cache
-def fast_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
-    """The subclass of a module's class that runs it fused, as its plan says."""
-    own: Any = original.forward
+_classes: dict[tuple[type[nn.Module], Plan], type[nn.Module]] = {}
 
-    run: Callable[..., Any]
-    if isinstance(plan, BlockPlan):
-        run, count = fused.run_block, 2
-    elif isinstance(plan, PixelPlan):
-        run, count = fused.run_pixel_embed, 2 if plan.positioned else 1
-    else:
-        run, count = fused.run_model, 1
+
+def fast_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
+    """The subclass of a module's class that runs it fused, as its plan says: always the same one."""
+    if (original, plan) not in _classes:
+        _classes[original, plan] = _make_fast_class(original, plan)
+    return _classes[original, plan]
+
+
+def _make_fast_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
+    own: Any = original.forward
+    run, count = _runner(plan)
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +202,17 @@ def fast_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         _ORIGINAL: original,
         fused.PLAN: plan,
     }
-    return type(original)(original.__name__, (original,), namespace)
+    metaclass: Any = type(original)
+    return metaclass(original.__name__, (original,), namespace)
+
+
+def _runner(plan: Plan) -> tuple[Callable[..., Any], int]:
+    """What runs a planned module fused, and how many inputs it takes."""
+    if isinstance(plan, BlockPlan):
+        return fused.run_block, 2
+    if isinstance(plan, PixelPlan):
+        return fused.run_pixel_embed, 2 if plan.positioned else 1
+    return fused.run_model, 1
 
 
 def _new(original: type[nn.Module], plan: Plan, *args: Any) -> nn.Module:

@@ -38,10 +38,11 @@ class FastBlock(Block):
 class FastTNT(TNT):
     """TNT, [B, in_chans, H, W] -> logits [B, num_classes]: the constructor, names and state dict of `TNT`.
 
-    Computes what `TNT` computes, up to rounding. What cannot run fused runs as in `TNT`, part by part: a call that
-    needs gradients, active dropout or drop path, a hooked or replaced module, another norm or activation, a device
-    or dtype without a kernel (`tnt_kernels.explain(model)` says which and why). In the last block only the class
-    token is computed, the one that the head reads, unless something watches that block or the last norm.
+    Computes what `TNT` computes, up to rounding. What cannot run fused runs as in `TNT`, part by part: a
+    call that needs gradients, active dropout or drop path, a hooked or replaced module, another norm or
+    activation, a device or dtype without a kernel (`tnt_kernels.explain(model)` says which and why). In the
+    last block only the class token is computed, the one that the head reads, unless something watches that
+    block or the last norm.
     """
 
     block_class = FastBlock
@@ -54,13 +55,14 @@ class FastTNT(TNT):
     def from_reference(cls, model: nn.Module) -> FastTNT:
         """A FastTNT with a copy of the weights of a TNT: ours, one in the authors' names, or timm's.
 
-        Device, dtype, training mode, requires_grad and the rates of dropout and drop path are those of `model`,
-        which shares no memory with the result (`tnt_kernels.accelerate` works in place).
+        Device, dtype, training mode, requires_grad and the rates of dropout and drop path are those of
+        `model`, which shares no memory with the result (`tnt_kernels.accelerate` works in place).
 
         Raises:
             TypeError: `model` is no module.
-            ValueError: it is no TNT that the constructor could make (timm's legacy network, another pooling than
-                the class token, another norm or activation, ...), or computes something else than its names say.
+            ValueError: it is no TNT that the constructor could make (timm's legacy network, another pooling
+                than the class token, another norm or activation, ...), or computes something else than its
+                names say.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -101,7 +103,9 @@ def _proved_plans(model: nn.Module) -> tuple[ModelPlan, list[BlockPlan]]:
     """The plans of a model that FastTNT can stand for. Raises ValueError for another."""
     plan = plan_model(model)
     if plan is None:
-        raise ValueError(f"model must be a TNT with the authors' names or timm's, got a {type(model).__name__}")
+        raise ValueError(
+            f"model must be a TNT with the authors' names or timm's, got a {type(model).__name__}"
+        )
     names = plan.names
     children: dict[str, Any] = model._modules
     blocks = children[names.blocks]
@@ -110,7 +114,9 @@ def _proved_plans(model: nn.Module) -> tuple[ModelPlan, list[BlockPlan]]:
         raise ValueError("model is timm's legacy TNT, another network than FastTNT's; accelerate() takes it")
     pooling = getattr(model, "global_pool", "token")
     if pooling != "token":
-        raise ValueError(f"model must pool its class token (global_pool='token'), got global_pool={pooling!r}")
+        raise ValueError(
+            f"model must pool its class token (global_pool='token'), got global_pool={pooling!r}"
+        )
     rate = getattr(children.get("head_drop"), "p", 0.0)
     if rate > 0.0:
         raise ValueError(f"model must not drop before its head, got head_drop.p={rate:g}; set it to 0")
@@ -126,15 +132,17 @@ def _proved_plans(model: nn.Module) -> tuple[ModelPlan, list[BlockPlan]]:
             continue
         block_plan = prove_block(block, block_plan)
         squeeze = block._modules.get(block_plan.names.squeeze)
-        outer = block_plan.outer.refused if squeeze is None else prove_squeeze(squeeze)
-        refused[name] = block_plan.refused or block_plan.inner.refused or block_plan.projection.refused or outer
+        parts = [block_plan.inner, block_plan.projection, *([block_plan.outer] if squeeze is None else [])]
+        reasons = [block_plan.refused, *(part.refused for part in parts if part is not None)]
+        reasons += [None if squeeze is None else prove_squeeze(squeeze)]
+        refused[name] = next((why for why in reasons if why is not None), None)
         proved.append(block_plan)
     plan = prove_model(model, plan)
     refused[names.pixel_embed] = plan.pixel.part.refused
     refused["its forward"] = plan.stem.refused or plan.refused
-    reasons = [f"{name}: {why}" for name, why in refused.items() if why is not None]
-    if reasons:
-        raise ValueError(f"FastTNT cannot stand for this {type(model).__name__}: {reasons[0]}")
+    for name, why in refused.items():
+        if why is not None:
+            raise ValueError(f"FastTNT cannot stand for this {type(model).__name__}: {name}: {why}")
     return plan, proved
 
 
@@ -147,7 +155,7 @@ def _constructor_arguments(
         "patch_size": plan.pixel.patch_size,
         "inner_stride": model.get_submodule(f"{plan.names.pixel_embed}.proj").stride[0],  # type: ignore[index]
     }
-    for block, block_plan in zip(model.get_submodule(plan.names.blocks), blocks, strict=True):  # type: ignore[arg-type]
+    for block, block_plan in zip(model.get_submodule(plan.names.blocks).children(), blocks, strict=True):
         for name in ("inner", "outer"):
             attn = block.get_submodule(getattr(block_plan.names, name).attn)
             known[f"{name}_num_heads"] = attn.num_heads

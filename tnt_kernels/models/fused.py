@@ -1,11 +1,12 @@
 """Run the modules of a TNT through the fused operations, part by part, as their plan says.
 
-A part that cannot run fused now runs through the module's own children. Functions that return None leave the call
-to the module's own forward.
+A part that cannot run fused now runs through the module's own children. Functions that return None leave
+the call to the module's own forward.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,6 @@ from tnt_kernels.models.plan import (
     watched,
 )
 
-
 PLAN = "_tnt_plan"  # where a block keeps its plan
 
 
@@ -39,11 +39,14 @@ class Arguments(NamedTuple):
     options: dict[str, Any]
 
 
-def _parameters(*modules: nn.Module | None) -> tuple[Tensor | None, ...]:
-    found: list[Tensor | None] = []
-    for module in modules:
-        found += (None, None) if module is None else (module._parameters["weight"], module._parameters["bias"])
-    return tuple(found)
+def _weight_and_bias(module: nn.Module | None) -> tuple[Any, Any]:
+    if module is None:
+        return None, None
+    return module._parameters["weight"], module._parameters["bias"]
+
+
+def _parameters(*modules: nn.Module | None) -> tuple[Any, ...]:
+    return tuple(tensor for module in modules for tensor in _weight_and_bias(module))
 
 
 def half_arguments(block: nn.Module, names: HalfNames) -> Arguments:
@@ -76,11 +79,17 @@ def part_arguments(block: nn.Module, plan: BlockPlan, part: Part) -> Arguments:
     return half_arguments(block, plan.names.inner if part is plan.inner else plan.names.outer)
 
 
-def _choose(part: Part, arguments: Arguments, streams: tuple[Tensor, ...], needs_grad: bool) -> tuple[bool, bool]:
+def _choose(
+    part: Part, arguments: Arguments, streams: tuple[Tensor, ...], needs_grad: bool
+) -> tuple[bool, bool]:
     """Whether a backend runs the part on these tensors, and whether its output needs a gradient."""
     needs_grad = needs_grad or dispatch.gradient_needed(*streams, *arguments.parameters)
     backend = dispatch.choose(part.op, *streams, *arguments.parameters, needs_grad=needs_grad)
     return backend != "reference", needs_grad
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)  # not so the proxies of torch.fx
 
 
 class Chosen(NamedTuple):
@@ -116,11 +125,8 @@ def choose_parts(block: nn.Module, plan: BlockPlan, words: Tensor, tokens: Tenso
 def run_block(
     block: nn.Module, plan: BlockPlan, words: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """The block's output, (words [B * n, m, c], tokens [B, n + 1, d]), or None if nothing of it runs fused."""
-    # torch.fx traces with proxies, which are no tensors.
-    if not isinstance(words, Tensor) or not isinstance(tokens, Tensor):
-        return None
-    if block_as_written(block, plan) is not None:
+    """A block's words [B * n, m, c] and tokens [B, n + 1, d], or None if nothing of it runs fused."""
+    if not all(map(_is_tensor, (words, tokens))) or block_as_written(block, plan) is not None:
         return None
     chosen = choose_parts(block, plan, words, tokens)
     if chosen.inner is None and chosen.projection is None and chosen.outer is None:
@@ -187,7 +193,7 @@ def run_pixel_embed(
     `position` is [1, m, c], or [1, c, rows, columns] as timm has it.
     """
     # Of another size or channel count: the module's own error, or what else it does with it.
-    if not isinstance(image, Tensor) or image.dim() != 4 or tuple(image.shape[2:]) != plan.img_size:
+    if not _is_tensor(image) or image.dim() != 4 or tuple(image.shape[2:]) != plan.img_size:
         return None
     if everything_watched() is not None or part_as_written(module, plan.part) is not None:
         return None
@@ -207,11 +213,9 @@ def pixel_embed(module: nn.Module, plan: PixelPlan, image: Tensor, position: Ten
         image = image[:, :, : image.shape[2] // height * height, : image.shape[3] // width * width]
     if position is not None and position.dim() == 4:
         position = position.flatten(2).transpose(1, 2)
-    weight, bias = _parameters(proj)
     return ops.pixel_embed(
         image,
-        weight,
-        bias,
+        *_weight_and_bias(proj),
         position,
         patch_size=plan.patch_size,
         stride=proj.stride[0],
@@ -220,7 +224,7 @@ def pixel_embed(module: nn.Module, plan: PixelPlan, image: Tensor, position: Ten
 
 
 def embed(model: nn.Module, plan: ModelPlan, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The first block's words [B * n, m, c] and tokens [B, n + 1, d]. No dropout of the model may be active."""
+    """The first block's words [B * n, m, c] and tokens [B, n + 1, d]. No dropout may be active."""
     names = plan.names
     children: dict[str, Any] = model._modules
     parameters: dict[str, Any] = model._parameters
@@ -266,7 +270,7 @@ def run_features(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor:
 def run_model(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor | None:
     """The model's output, or None if its own forward has to run."""
     # With a gradient at stake no part is likely to run fused, and checkpointing may be on.
-    if torch.is_grad_enabled() or not isinstance(image, Tensor) or model_as_written(model, plan) is not None:
+    if torch.is_grad_enabled() or not _is_tensor(image) or model_as_written(model, plan) is not None:
         return None
     if image.dim() != 4 or tuple(image.shape[2:]) != plan.pixel.img_size:
         return None
@@ -284,8 +288,7 @@ def head(model: nn.Module, plan: ModelPlan, features: Tensor) -> Tensor:
 def run_class_token(block: nn.Module, plan: BlockPlan, words: Tensor, tokens: Tensor) -> Tensor | None:
     """The class token [B, 1, d] that a block puts out, or None if not all of the block runs fused.
 
-    In the last block nothing else is used: keys and values of all tokens are needed, but query, projection and MLP
-    of the class token alone, which is 2 of 12 parts of the outer half.
+    In the last block nothing else is used, which leaves nearly nothing of its outer half to compute.
     """
     if watched(block) is not None or block_as_written(block, plan) is not None:
         return None
@@ -318,19 +321,33 @@ def class_token_block(
     eps1: float,
     eps2: float,
 ) -> Tensor:
-    """`outer.outer_block(tokens, ...)[:, :1]`, without computing the other tokens: [B, N, d] -> [B, 1, d]."""
-    d = tokens.shape[2]
+    """The class token that `outer.outer_block` gives, without the others: tokens [B, N, d] -> [B, 1, d].
 
-    def heads(x: Tensor) -> Tensor:  # [B, N, d] -> [B, heads, N, d / heads]
-        return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    With a single query, keys and values need not be made: per head, (Wk y) q = y (Wk^T q), and the mean of
+    the values is Wv times the mean of the y. A bias of the keys moves all scores alike, so that softmax
+    loses it.
+    """
+    batch, _, d = tokens.shape
+    width = d // num_heads
 
-    q_bias, k_bias = (None, None) if qk_bias is None else (qk_bias[:d], qk_bias[d:])
-    y = outer.layer_norm(tokens, norm1_weight, norm1_bias, eps1)
-    q = outer.linear(y[:, :1], qk_weight[:d], q_bias)
-    k = outer.linear(y, qk_weight[d:], k_bias)
-    v = outer.linear(y, v_weight, v_bias)
-    y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), scale=scale)
-    z = tokens[:, :1] + outer.linear(y.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    def per_head(weight: Tensor) -> Tensor:  # [d, d] -> [heads, d / heads, d]
+        return weight.float().unflatten(0, (num_heads, width))
+
+    device = tokens.device.type
+    with (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else contextlib.nullcontext()
+    ):
+        y = outer.layer_norm(tokens.float(), norm1_weight.float(), norm1_bias.float(), eps1)
+        q = F.linear(y[:, 0], qk_weight[:d].float(), None if qk_bias is None else qk_bias[:d].float())
+        q = q.unflatten(1, (num_heads, width)).transpose(0, 1)  # [heads, B, d / heads]
+        keys = (q @ per_head(qk_weight[d:])).permute(1, 2, 0)  # [B, d, heads]
+        weights = ((y @ keys) * (width**-0.5 if scale is None else scale)).softmax(dim=1)  # [B, N, heads]
+        mean = (weights.transpose(1, 2) @ y).transpose(0, 1)  # [heads, B, d]
+        out = (mean @ per_head(v_weight).transpose(1, 2)).transpose(0, 1).reshape(batch, 1, d)
+        if v_bias is not None:
+            out = out + v_bias.float()
+    z = tokens[:, :1] + outer.linear(out.to(tokens.dtype), proj_weight, proj_bias)
     y = outer.layer_norm(z, norm2_weight, norm2_bias, eps2)
-    y = outer.linear(outer.linear(y, fc1_weight, fc1_bias, gelu=True), fc2_weight, fc2_bias)
-    return z + y
+    return z + outer.linear(outer.linear(y, fc1_weight, fc1_bias, gelu=True), fc2_weight, fc2_bias)

@@ -1,8 +1,8 @@
 """What a TNT's modules are made of, by role, in the authors' names and in timm's.
 
-A plan is made once, from the structure alone: where in a module the parts of the network lie, of which types they
-are, and what is known to have no fused form. Whether a part may run fused is asked anew in every call, because
-hooks, adapters and modes come and go.
+A plan is made once, from the structure alone: where in a module the parts of the network lie, of which
+types they are, and what is known to have no fused form. Whether a part may run fused is asked anew in every
+call, because hooks, adapters and modes come and go.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.dropout import _DropoutNd
 
 Path = tuple[str, ...]
-Settings = tuple[tuple[str, Any], ...]  # attributes of a module that its forward may depend on, and their values
+Settings = tuple[
+    tuple[str, Any], ...
+]  # attributes of a module that its forward may depend on, and their values
 
 # Settings that the fused operations read in every call.
 _LIVE = ("num_heads", "scale", "num_classes")
@@ -301,12 +303,17 @@ def plan_pixel_embed(module: nn.Module, *, legacy: bool | None = None) -> PixelP
     `legacy`: whether the convolution sees the whole image; None: what the module says of itself.
     """
     proj = module._modules.get("proj")
-    img_size, patch_size = _pair(getattr(module, "img_size", None)), _pair(getattr(module, "patch_size", None))
+    img_size, patch_size = (
+        _pair(getattr(module, "img_size", None)),
+        _pair(getattr(module, "patch_size", None)),
+    )
     if not isinstance(proj, nn.Conv2d) or img_size is None or patch_size is None:
         return None
     why = _no_word_convolution(proj) or _foreign_state("it", module, ("proj",))
     return PixelPlan(
-        Part("pixel_embed", refused=why) if why else Part("pixel_embed", _members(module, tuple(module._modules))),
+        Part("pixel_embed", refused=why)
+        if why
+        else Part("pixel_embed", _members(module, tuple(module._modules))),
         img_size,
         patch_size,
         bool(getattr(module, "legacy", False)) if legacy is None else legacy,
@@ -433,7 +440,7 @@ def block_as_written(block: nn.Module, plan: BlockPlan) -> str | None:
 
 
 def model_as_written(model: nn.Module, plan: ModelPlan) -> str | None:
-    """Why the model's own forward has to run, or None. Its blocks and pixel embedding may run fused all the same."""
+    """Why the model's own forward has to run, or None. Its blocks may run fused all the same."""
     if plan.refused is not None:
         return plan.refused
     if model.training:

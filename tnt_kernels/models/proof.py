@@ -1,8 +1,9 @@
 """Prove by a run that a module computes what its plan says.
 
-Names and types alone could be wrong: a block with a TNT's children may have a forward of its own. Before anything
-stands in for a user's module, a copy of it with other, random parameters runs in float64 on a few sentences, beside
-the same parameters through the reference operations. The user's module is not called, nor are its hooks.
+Names and types alone could be wrong: a block with a TNT's children may have a forward of its own. Before
+anything stands in for a user's module, a copy of it with other, random parameters runs in float64 on a few
+sentences, beside the same parameters through the reference operations. The user's module is not called, nor
+are its hooks.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def clone(
         if old is None:
             return None
         if id(old) not in tensors:
-            tensors[id(old)] = _random_like(name, old, generator) if isinstance(old, nn.Parameter) else _copied(old)
+            tensors[id(old)] = (
+                _random_like(name, old, generator) if isinstance(old, nn.Parameter) else _copied(old)
+            )
         return tensors[id(old)]
 
     def of_module(old: nn.Module | None) -> nn.Module | None:
@@ -92,23 +95,22 @@ def _copied(buffer: Tensor) -> Tensor:
     return new.double() if new.is_floating_point() else new
 
 
-def _silence(module: nn.Module, rates: tuple[Any, ...]) -> None:
-    for path, rate in rates:
-        child = module.get_submodule(".".join(path))
-        setattr(child, rate, 0.0)
-
-
-def _stored(module: nn.Module) -> dict[tuple[str, str], Any]:
-    """Attributes of a module and its children, to see what a run leaves there."""
+def _stored(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What the attributes of a module and its children hold, to see what a run leaves there."""
     return {
-        (path, name): value
+        f"{path}.{name}".lstrip("."): (
+            id(value),
+            len(value) if isinstance(value, (list, dict, set)) else None,
+        )
         for path, child in module.named_modules()
         for name, value in child.__dict__.items()
         if name not in ("_parameters", "_buffers", "_modules", "training", *_HOOKS)
     }
 
 
-def _compare(module: nn.Module, run: Callable[[], Any], exact: Callable[[], tuple[Tensor, ...]]) -> str | None:
+def _compare(
+    module: nn.Module, run: Callable[[], Any], exact: Callable[[], tuple[Tensor, ...]]
+) -> str | None:
     """Why `run`, which calls `module`, does not give the tensors of `exact`, or None."""
     with (
         torch.no_grad(),
@@ -116,27 +118,24 @@ def _compare(module: nn.Module, run: Callable[[], Any], exact: Callable[[], tupl
         torch.autocast("cpu", enabled=False),
         dispatch.use_backend("reference"),
     ):
-        expected = exact()
-        before = _stored(module)
         try:
+            expected = exact()
+            before = _stored(module)
             given = run()
         except Exception as error:  # whatever a user's forward may raise on a small input
             return f"its forward fails in a test run: {type(error).__name__}: {error}"
-        after = _stored(module)
-    left = [key for key, value in after.items() if key not in before or before[key] is not value]
+        left = [name for name, held in _stored(module).items() if before.get(name) != held]
     if left:
-        names = ", ".join(".".join(filter(None, key)) for key in left)
-        return f"its forward stores {names}, which a fused one would not"
+        return f"its forward stores {', '.join(left)}, which a fused one would not"
     outputs = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     if len(outputs) != len(expected) or not all(isinstance(output, Tensor) for output in outputs):
         return "its forward returns something else than a TNT's"
-    for output, tensor in zip(outputs, expected, strict=True):
-        if output.shape != tensor.shape:
-            return f"its forward returns the shape {list(output.shape)}, a TNT's {list(tensor.shape)}"
-        error = (output.double() - tensor).abs().max().item()
-        scale = tensor.abs().max().item()
-        if not error <= TOLERANCE * scale:
-            return f"its forward computes something else than a TNT's (off by {error / scale:.1e} in a test run)"
+    for output, wanted in zip(outputs, expected, strict=True):
+        if output.shape != wanted.shape:
+            return f"its forward returns the shape {list(output.shape)}, a TNT's {list(wanted.shape)}"
+        off = ((output.double() - wanted).abs().max() / wanted.abs().max()).item()
+        if not off <= TOLERANCE:
+            return f"its forward computes something else than a TNT's (off by {off:.1e} in a test run)"
     return None
 
 
@@ -190,15 +189,15 @@ def _block_input(block: nn.Module, plan: BlockPlan, generator: torch.Generator) 
 
 
 def prove_pixel_embed(module: nn.Module, plan: PixelPlan) -> PixelPlan:
-    """The plan with what a test run found against it: nothing, the other kind of convolution, or a refusal."""
+    """The plan with what a test run found: nothing against it, the other convolution, or a refusal."""
     if plan.part.refused is not None:
         return plan
     generator = torch.Generator().manual_seed(0)
     try:
         twin = clone(module, generator).eval()
     except Exception as error:
-        why = f"a copy for a test run cannot be made: {type(error).__name__}: {error}"
-        return replace(plan, part=replace(plan.part, refused=why))
+        refused = f"a copy for a test run cannot be made: {type(error).__name__}: {error}"
+        return replace(plan, part=replace(plan.part, refused=refused))
     proj: Any = twin._modules["proj"]
     image = _random(generator, IMAGES, proj.in_channels, *plan.img_size)
     rows, columns = (-(-size // proj.stride[0]) for size in plan.patch_size)
@@ -212,15 +211,10 @@ def prove_pixel_embed(module: nn.Module, plan: PixelPlan) -> PixelPlan:
         )
 
     why = found(plan)
-    if why is None:
-        return plan
-    other = replace(plan, legacy=not plan.legacy)
-    try:
-        if found(other) is None:
-            return other
-    except (RuntimeError, ValueError):  # the whole-image convolution does not fit every size
-        pass
-    return replace(plan, part=replace(plan.part, refused=why))
+    if why is not None:
+        other = replace(plan, legacy=not plan.legacy)
+        plan = other if found(other) is None else replace(plan, part=replace(plan.part, refused=why))
+    return plan
 
 
 def prove_squeeze(squeeze: nn.Module) -> str | None:
@@ -259,7 +253,7 @@ class _StandIn(nn.Module):
 
 
 def prove_model(model: nn.Module, plan: ModelPlan) -> ModelPlan:
-    """The plan with what a test run of the model around its blocks found against it: nothing, or `refused`."""
+    """The plan with what a run of the model around its blocks found against it: nothing, or a refusal."""
     if plan.refused is not None:
         return plan
     names = plan.names

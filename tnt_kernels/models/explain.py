@@ -1,0 +1,202 @@
+"""Say which parts of the TNTs inside a module run fused, and why the others do not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnt_kernels import dispatch
+from tnt_kernels.models import fused
+from tnt_kernels.models.accelerate import (
+    LOOKED_FOR,
+    Plan,
+    candidates,
+    check_module,
+    is_accelerated,
+    is_fast,
+    refusal,
+)
+from tnt_kernels.models.fast_tnt import FastTNT
+from tnt_kernels.models.plan import (
+    BlockPlan,
+    ModelPlan,
+    Part,
+    PixelPlan,
+    active_noise,
+    block_as_written,
+    everything_watched,
+    model_as_written,
+    part_as_written,
+    watched,
+)
+
+AS_WRITTEN, ERROR = "as written", "error"
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part of a model: where it runs in a call made now, and why not elsewhere."""
+
+    module: str  # name inside the model, "" for the model itself
+    part: str  # such as "inner half"
+    runs: (
+        str  # the backend of its fused operation; "as written"; "error" where a forced backend cannot run it
+    )
+    why: str  # why it does not run fused, or ""
+
+    @property
+    def fused(self) -> bool:
+        return self.runs not in (AS_WRITTEN, ERROR)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: `parts`, and the `mode` that they hold for. `print` shows a table."""
+
+    mode: dict[str, str]
+    parts: tuple[PartReport, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {value}" for name, value in self.mode.items()]
+        if not self.parts:
+            return "\n".join([*lines, "", f"nothing that tnt_kernels could run: there are no {LOOKED_FOR}"])
+        rows = [("module", "part", "runs", "why"), *_joined(self.parts)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines.append("")
+        for row in (rows[0], tuple("-" * len(cell) for cell in rows[0]), *rows[1:]):
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            lines.append("  ".join([*cells, row[3]]).rstrip())
+        return "\n".join(lines)
+
+
+def _joined(parts: tuple[PartReport, ...]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows of the table; neighbours of one parent that agree in everything share theirs."""
+    modules = [
+        (name, tuple((part.part, part.runs, part.why) for part in found))
+        for name, found in itertools.groupby(parts, key=lambda part: part.module)
+    ]
+    for (_, rows), group in itertools.groupby(
+        modules, key=lambda item: (item[0].rpartition(".")[0], item[1])
+    ):
+        names = [name or "(model)" for name, _ in group]
+        shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        for index, row in enumerate(rows):
+            yield ("" if index else shown, *row)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which parts of the TNTs inside a module run fused in a call made now, and why the others do not.
+
+    It answers for the present modes of the modules, grad mode, autocast, dtype, device, hooks and backend
+    choice, whatever the input. Before :func:`accelerate` it says what that would change.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    check_module(model)
+    parts: list[PartReport] = []
+    for name, module, plan in candidates(model):
+        if isinstance(plan, BlockPlan):
+            found = _block_parts(module, plan)
+        elif isinstance(plan, PixelPlan):
+            found = _pixel_parts(module, plan)
+        else:
+            found = _model_parts(module, plan)
+        for part, verdict in found:
+            runs, why = verdict if is_fast(module) else _before(plan, *verdict)
+            parts.append(PartReport(name, part, runs, why))
+    return Explanation(_mode(model), tuple(parts))
+
+
+Verdict = tuple[str, str]  # runs, why
+
+
+def _before(plan: Plan, runs: str, why: str) -> Verdict:
+    if refusal(plan) is not None:
+        return AS_WRITTEN, f"accelerate() leaves it as it is: {why}"
+    return AS_WRITTEN, f"not accelerated, which would not help now: {why}" if why else "not accelerated"
+
+
+def _verdict(why: str | None, part: Part, arguments: Any) -> Verdict:
+    """`why` is what the modules have against it; the backend may have something, too."""
+    if why is not None:
+        return AS_WRITTEN, why
+    backend = dispatch.requested()
+    if backend == "reference":
+        return AS_WRITTEN, "the reference backend is asked for"
+    why = dispatch.can_run_cpu(part.op, *arguments())
+    if why is None:
+        return "cpu", ""
+    return (AS_WRITTEN, why) if backend == "auto" else (ERROR, f"the {backend} backend is forced: {why}")
+
+
+def _block_parts(block: nn.Module, plan: BlockPlan) -> Iterator[tuple[str, Verdict]]:
+    whole = block_as_written(block, plan)
+    for name, part in (
+        ("inner half", plan.inner),
+        ("projection", plan.projection),
+        ("outer half", plan.outer),
+    ):
+        if part is not None:
+            why = whole or part_as_written(block, part)
+            yield (
+                name,
+                _verdict(why, part, lambda part=part: fused.part_arguments(block, plan, part).parameters),
+            )
+
+
+def _pixel_parts(module: nn.Module, plan: PixelPlan) -> Iterator[tuple[str, Verdict]]:
+    why = everything_watched() or part_as_written(module, plan.part)
+    yield "pixel embedding", _verdict(why, plan.part, lambda: tuple(module.parameters()))
+
+
+def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdict]]:
+    names = plan.names
+    children: dict[str, Any] = model._modules
+    if isinstance(model, FastTNT):
+        whole = everything_watched() or active_noise(model, plan.noise)
+        pixel = children[names.pixel_embed]
+        why = whole or watched(pixel) or part_as_written(pixel, plan.pixel.part)
+        yield "pixel embedding", _verdict(why, plan.pixel.part, lambda: tuple(pixel.parameters()))
+    else:
+        whole = model_as_written(model, plan)
+        if whole is None and torch.is_grad_enabled():
+            whole = "gradients may be needed (torch.is_grad_enabled())"
+    why = whole or part_as_written(model, plan.stem)
+    yield (
+        "stem",
+        _verdict(why, plan.stem, lambda: fused.projection_arguments(model, names.projection).parameters),
+    )
+
+    blocks = list(children[names.blocks]._modules.values())
+    block_plan = getattr(blocks[-1], fused.PLAN, None) if blocks else None
+    if block_plan is None:
+        return
+    norm = watched(children[names.norm])
+    why = whole or (norm and f"{names.norm} {norm}") or watched(blocks[-1])
+    reports = [(AS_WRITTEN, why)] if why else [verdict for _, verdict in _block_parts(blocks[-1], block_plan)]
+    yield "last block, class token alone", next((v for v in reports if v[1]), reports[0])
+
+
+def _mode(model: nn.Module) -> dict[str, str]:
+    blocks = [module for _, module, _ in candidates(model)]
+    modes = {"training" if module.training else "eval" for module in blocks or [model]}
+    parameters = list(model.parameters())
+    mode = {
+        "model": type(model).__name__
+        + (", accelerated" if any(map(is_accelerated, model.modules())) else ""),
+        "mode": " and ".join(sorted(modes)),
+        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or "none",
+        "device": ", ".join(sorted({str(p.device) for p in parameters})) or "none",
+        "gradients": "recorded" if torch.is_grad_enabled() else "not recorded",
+        "backend": dispatch.requested(),
+    }
+    device = parameters[0].device.type if parameters else "cpu"
+    if device != "meta" and torch.is_autocast_enabled(device):
+        mode["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+    return mode
