@@ -252,11 +252,12 @@ def test_mixed_parameter_dtypes(tier: str, op: str) -> None:
         if name.startswith("norm"):
             values[name] = values[name].float()
     check(op, values)
-    values = {
-        name: value.bfloat16() if name.startswith(("qk", "fc1", "proj")) and value is not None else value
-        for name, value in arguments(op).items()
-    }
-    check(op, values, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = {
+            name: value.to(dtype) if name.startswith(("qk", "fc1", "proj")) else value
+            for name, value in arguments(op).items()
+        }
+        check(op, values, torch.bfloat16)
 
 
 @pytest.mark.parametrize("op", INNER_OPS)

@@ -279,6 +279,11 @@ def test_gradients_under_compute_dtype() -> None:
 
 
 def test_float64() -> None:
+    values = embed_arguments()
+    values["position"] = values["position"].double()
+    for out in (run(OP, values, backend="auto"), operator(OP)(*operator_arguments(OP, values))):
+        assert out.dtype == torch.float64
+        torch.testing.assert_close(out, by_hand(values), rtol=1e-5, atol=1e-5)
     values = embed_arguments(dtype=torch.float64)
     torch.testing.assert_close(run(OP, values, backend="auto"), by_hand(values))
     torch.testing.assert_close(operator(OP)(*operator_arguments(OP, values)), by_hand(values))

@@ -278,6 +278,19 @@ def test_inference_mode(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_default_device(op: str, needs_native: None) -> None:
+    """Memory for results is taken where the arguments are, whatever torch.set_default_device says."""
+    values = arguments(op)
+    expected = run(op, values)
+    for dtype in (torch.float32, torch.float16):
+        given = {n: v.to(dtype) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        with torch.device("meta"):
+            out = run(op, given)
+        assert out.device.type == "cpu"
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_meta_tensors(op: str) -> None:
     values = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in arguments(op).items()}
     expected = run(op, arguments(op), backend="auto")

@@ -8,6 +8,7 @@ any floating dtype, differentiable. ``cpu`` is the native module.
 from __future__ import annotations
 
 import os
+import threading
 from contextvars import ContextVar, Token
 from types import TracebackType
 
@@ -32,6 +33,8 @@ _NO_BACKWARD = "a gradient is needed, and the cpu backend has no backward pass (
 _override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)
 # The same for traced code: Dynamo guards on a module's variables and not on context variables.
 _traced_override: str | None = None
+_entered: dict[int, str] = {}  # by id of the token that leaves it
+_lock = threading.Lock()
 _environment = os.environ.get("TNT_BACKEND", "auto").strip().lower() or "auto"
 
 
@@ -67,22 +70,35 @@ class use_backend:
     def __init__(self, name: str) -> None:
         _check_name(name, "use_backend: name")
         self.name = name
-        self._entered: list[tuple[Token[str | None] | None, str | None]] = []
+        self._tokens: list[Token[str | None]] = []
+        self._traced: list[str | None] = []
 
     def __enter__(self) -> use_backend:
         global _traced_override
-        token = None if torch.compiler.is_compiling() else _override.set(self.name)
-        self._entered.append((token, _traced_override))
-        _traced_override = self.name
+        if torch.compiler.is_compiling():
+            self._traced.append(_traced_override)
+            _traced_override = self.name
+            return self
+        token = _override.set(self.name)
+        self._tokens.append(token)
+        with _lock:
+            _entered[id(token)] = self.name
+            _traced_override = self.name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _traced_override
-        token, _traced_override = self._entered.pop()
-        if token is not None:
-            _override.reset(token)
+        if torch.compiler.is_compiling():
+            _traced_override = self._traced.pop()
+            return
+        token = self._tokens.pop()
+        with _lock:
+            # Threads and tasks leave in any order: what holds is the last one still inside.
+            del _entered[id(token)]
+            _traced_override = next(reversed(_entered.values()), None)
+        _override.reset(token)
 
 
 def gradient_needed(*tensors: Tensor | None) -> bool:

@@ -65,7 +65,7 @@ def _launch_inner(
     assert module is not None
     s, m, c = x.shape
     source = _held(x)
-    out = torch.empty((s, m, c), dtype=source.dtype)
+    out = source.new_empty((s, m, c))
     if out.numel() > 0:
         pointers, codes, held = _parameters(parameters)
         module.inner_block(
@@ -185,7 +185,8 @@ def pixel_embed(
     batch, channels, height, width = image.shape
     # Read where it lies, whatever its strides.
     source = image.float() if image.dtype == torch.float16 else image
-    out = torch.empty((batch * n, m, c), dtype=torch.float32 if out_dtype == torch.float16 else out_dtype)
+    held_dtype = torch.float32 if out_dtype == torch.float16 else out_dtype
+    out = source.new_empty((batch * n, m, c), dtype=held_dtype)
     if out.numel() > 0:
         pointers, codes, held = _parameters((weight, bias, position))
         module.pixel_embed(
@@ -222,7 +223,7 @@ def word_to_sentence(
     stream = tokens.float() if tokens.dtype == torch.float16 else tokens
     if stream.stride(2) != 1 or stream.stride(1) != d:  # the batch may be expanded, its rows may not
         stream = stream.contiguous()
-    out = torch.empty((batch, length, d), dtype=stream.dtype)
+    out = stream.new_empty((batch, length, d))
     if out.numel() > 0:
         pointers, codes, held = _parameters(parameters)
         module.word_to_sentence(
