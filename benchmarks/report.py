@@ -80,12 +80,14 @@ def panel(axes: Any, case: dict[str, Any]) -> None:
     high = [1e3 * case["items"] / e["low_ms"] - e["per_second"] for e in entries]
     ours = {"fast", "fast_compile", "accelerate"}
     colours = [OURS if e["name"] in ours or e["name"].startswith("tier_") else OTHERS for e in entries]
-    drawn = axes.barh(range(len(entries)), speeds, color=colours)
+    axes.barh(range(len(entries)), speeds, color=colours)
     axes.errorbar(speeds, range(len(entries)), xerr=(low, high), fmt="none", ecolor="#333333", elinewidth=1)
-    axes.bar_label(drawn, fmt=lambda v: f"{v:,.1f}" if v < 1000 else f"{v:,.0f}", padding=8)
+    for i, (speed, above) in enumerate(zip(speeds, high, strict=True)):
+        text = f"{speed:,.1f}" if speed < 1000 else f"{speed:,.0f}"
+        axes.annotate(text, (speed + above, i), xytext=(5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(entries)), [e["label"] for e in entries])
     axes.invert_yaxis()
-    axes.set_xlim(0, max(speeds) * 1.2)
+    axes.set_xlim(0, max(map(sum, zip(speeds, high, strict=True))) * 1.15)
     axes.set_xlabel(case["unit"])
     axes.set_title(case["title"], fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

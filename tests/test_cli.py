@@ -15,6 +15,7 @@ import torch
 
 from tnt_kernels import native
 from tnt_kernels.__main__ import main
+from tnt_kernels._timm import import_timm
 from tnt_kernels.bench import accuracy
 from tnt_kernels.cli import demo, photo, verify
 from tnt_kernels.models.tnt import TNT, tnt_ti_patch16_224
@@ -140,7 +141,7 @@ def test_bench_writes_json_and_a_table(tmp_path, capsys):
 
 
 def test_bench_fails_where_a_check_fails(monkeypatch, capsys):
-    monkeypatch.setattr(accuracy, "EAGER_FACTOR", -1.0)
+    monkeypatch.setattr(accuracy, "FLOOR", -1.0)
     arguments = ["--model", "tnt_ti", "--batch", "1", "--dtype", "float32", "--rounds", "1", "--no-memory"]
     assert main(["bench", *arguments, "--baselines", "fast"]) == 1
     assert "WRONG, not timed" in capsys.readouterr().out
@@ -163,7 +164,7 @@ def test_demo(tmp_path, capsys):
     assert main(demo_arguments(tmp_path)) == 0
     text = capsys.readouterr().out
     assert "same top-5: yes" in text
-    assert "random (seed 0): the classes mean nothing" in text
+    assert "random weights (seed 0): the classes mean nothing" in text
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -239,8 +240,6 @@ def test_demo_fails_where_the_answers_differ(tmp_path, capsys, monkeypatch):
 
 
 def test_preprocessing_is_timms():
-    from tnt_kernels._timm import import_timm
-
     image_module = pytest.importorskip("PIL.Image")
     try:
         timm = import_timm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(
             raise ValueError(f"baselines must be of {', '.join(case.baselines())}; got {', '.join(unknown)}")
     progress = progress or Progress()
     with using_threads(threads), tempfile.TemporaryDirectory(prefix="tnt_bench_") as artifacts:
-        document = {
+        document: dict[str, Any] = {
             "schema": SCHEMA,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "rounds": rounds,
@@ -90,7 +91,7 @@ def run_case(
             entry.update(status="not run", reason=reason(error))
             continue
         entry["check"] = {
-            "error": check.error,
+            "error": check.error if math.isfinite(check.error) else None,
             "eager_error": check.eager_error,
             "scale": check.scale,
             "limit": check.limit,

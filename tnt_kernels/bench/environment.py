@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 def processor() -> dict[str, Any]:
     """Name, architecture, usable cores and instruction sets of the processor."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     known = [name for name in INSTRUCTION_SETS if capabilities.get(name)]
     return {
         "name": _processor_name(),

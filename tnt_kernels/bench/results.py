@@ -21,7 +21,7 @@ RATIOS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
 
 def save(document: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """A markdown table whose columns are aligned for a terminal; `right` holds the columns of numbers."""
-    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+    widths = [max(3, *(len(row[i]) for row in (headers, *rows))) for i in range(len(headers))]
 
     def line(cells: Sequence[str]) -> str:
         aligned = (
@@ -140,7 +140,8 @@ def footing(document: dict[str, Any]) -> list[str]:
         if "measure" in entry.get("memory", {})
     }
     return [
-        f"peak MiB: resident memory, {measure}; forward MiB: the part that is there during a pass alone."
+        f"peak MiB: resident memory, {measure}; forward MiB: the part that is there during a pass alone "
+        "(nothing where a runtime keeps its workspace between calls: compare the peaks)."
         for measure in sorted(measures)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 IMAGE_SIZE = 224
 SENTENCES = 196
@@ -20,7 +21,7 @@ class Size:
     outer_heads: int
     deit: str
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, Any]:
         """Constructor arguments of this package's TNT."""
         return {
             "inner_dim": self.inner,
@@ -29,7 +30,7 @@ class Size:
             "outer_num_heads": self.outer_heads,
         }
 
-    def timm_arguments(self) -> dict[str, int]:
+    def timm_arguments(self) -> dict[str, Any]:
         """Constructor arguments of timm's TNT."""
         return {
             "inner_dim": self.inner,

@@ -67,22 +67,22 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"photograph  {name}, {photo.width} x {photo.height} pixels, seen at {height} x {width}")
     print(f"weights     {weights}")
     print(f"device      {machine}\n")
-    print(_top_table(tops, names), "\n")
+    print(f"{_top_table(tops, names)}\n")
     print(f"same top-5: {'yes' if same else 'NO'}; largest difference of the logits: {difference:.2e}\n")
-    print(_speed_table(speeds), "\n")
+    print(f"{_speed_table(speeds)}\n")
     _plot(arguments.output, seen, weights, tops, names, same, difference, speeds, machine)
     return 0 if same and difference <= TOLERANCE else 1
 
 
 def _model(arguments: argparse.Namespace) -> tuple[TNT, str]:
     if arguments.checkpoint is not None:
-        model = from_checkpoint(arguments.checkpoint).eval()
+        model: TNT = from_checkpoint(arguments.checkpoint).eval()
         return model, f"checkpoint {arguments.checkpoint.name}"
     size = size_of(arguments.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = TNT(**size.arguments()).eval()
-    return model, f"{size.title}, random (seed {SEED}): the classes mean nothing"
+    return model, f"{size.title}, random weights (seed {SEED}): the classes mean nothing"
 
 
 def _top5(logits: Tensor) -> list[tuple[int, float]]:
@@ -146,13 +146,15 @@ def _plot(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         print("no plot: matplotlib is not installed (pip install 'tnt_kernels[programs]')")
         return
     colours = {"plain TNT": "#7f8c9b", "FastTNT": "#1f77b4"}
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(
+        figsize=(11, 7.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.04, wspace=0.04)
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(hspace=0.06, wspace=0.06)
     (photo_axes, speed_axes), top_axes = figure.subplots(2, 2)
     figure.suptitle(f"{weights}\n{machine}", fontsize=11)
 
