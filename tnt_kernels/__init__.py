@@ -10,6 +10,7 @@ from tnt_kernels._version import __version__
 from tnt_kernels.dispatch import use_backend
 from tnt_kernels.models import TNT, tnt_b_patch16_224, tnt_s_patch16_224, tnt_ti_patch16_224
 from tnt_kernels.models.accelerate import accelerate, restore
+from tnt_kernels.models.explain import explain
 from tnt_kernels.models.fast_tnt import FastTNT
 from tnt_kernels.outer import clear_caches
 
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "clear_caches",
+    "explain",
     "ops",
     "restore",
     "tnt_b_patch16_224",
