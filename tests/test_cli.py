@@ -23,14 +23,6 @@ from tnt_kernels.models.tnt import TNT, tnt_ti_patch16_224
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tnt_kernels", *arguments],
@@ -232,6 +224,7 @@ def test_demo_fails_where_the_answers_differ(tmp_path, capsys, monkeypatch):
     class Other(TNT):
         @classmethod
         def from_reference(cls, model):
+            torch.manual_seed(1)
             return tnt_ti_patch16_224()
 
     monkeypatch.setattr(demo, "FastTNT", Other)
