@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop, inplace=True)
 
     def forward(self, x):
-        rows, length, dim = x.shape
+        rows, length, _ = x.shape
         qk = self.qk(x).view(rows, length, 2, self.num_heads, self.head_dim)
         q, k = qk.permute(2, 0, 3, 1, 4)
         v = self.v(x).view(rows, length, self.num_heads, self.head_dim).permute(0, 2, 1, 3)
@@ -90,7 +90,7 @@ class Block(nn.Module):
         se=0,
     ):
         super().__init__()
-        shared = dict(qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=drop)
+        shared = {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop, "proj_drop": drop}
         self.has_inner = inner_dim > 0
         if self.has_inner:
             self.inner_norm1 = norm_layer(inner_dim)

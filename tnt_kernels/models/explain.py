@@ -27,9 +27,8 @@ from tnt_kernels.models.plan import (
     ModelPlan,
     Part,
     PixelPlan,
-    active_noise,
     block_as_written,
-    everything_watched,
+    everything_as_written,
     model_as_written,
     part_as_written,
     watched,
@@ -151,22 +150,22 @@ def _block_parts(block: nn.Module, plan: BlockPlan) -> Iterator[tuple[str, Verdi
 
 
 def _pixel_parts(module: nn.Module, plan: PixelPlan) -> Iterator[tuple[str, Verdict]]:
-    why = everything_watched() or part_as_written(module, plan.part)
+    why = everything_as_written() or part_as_written(module, plan.part)
     yield "pixel embedding", _verdict(why, plan.part, lambda: tuple(module.parameters()))
 
 
 def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdict]]:
     names = plan.names
     children: dict[str, Any] = model._modules
+    whole = model_as_written(model, plan)
     if isinstance(model, FastTNT):
-        whole = everything_watched() or active_noise(model, plan.noise)
         pixel = children[names.pixel_embed]
         why = whole or watched(pixel) or part_as_written(pixel, plan.pixel.part)
         yield "pixel embedding", _verdict(why, plan.pixel.part, lambda: tuple(pixel.parameters()))
-    else:
-        whole = model_as_written(model, plan)
-        if whole is None and torch.is_grad_enabled():
-            whole = "gradients may be needed (torch.is_grad_enabled())"
+    elif model.training:
+        whole = whole or "it is in training mode"
+    elif torch.is_grad_enabled():
+        whole = whole or "gradients may be needed (torch.is_grad_enabled())"
     why = whole or part_as_written(model, plan.stem)
     yield (
         "stem",
@@ -177,8 +176,7 @@ def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdi
     block_plan = getattr(blocks[-1], fused.PLAN, None) if blocks else None
     if block_plan is None:
         return
-    norm = watched(children[names.norm])
-    why = whole or (norm and f"{names.norm} {norm}") or watched(blocks[-1])
+    why = whole or watched(blocks[-1])
     reports = [(AS_WRITTEN, why)] if why else [verdict for _, verdict in _block_parts(blocks[-1], block_plan)]
     yield "last block, class token alone", next((v for v in reports if v[1]), reports[0])
 

@@ -15,7 +15,7 @@ from tnt_kernels.models.plan import (
     BlockNames,
     BlockPlan,
     ModelPlan,
-    active_noise,
+    model_as_written,
     plan_block,
     plan_model,
 )
@@ -79,14 +79,14 @@ class FastTNT(TNT):
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         plan = getattr(self, fused.PLAN)
-        if active_noise(self, plan.noise) is not None:
+        if model_as_written(self, plan) is not None:
             return super().embed(x)
         self.patch_embed.check_image(x)
         return fused.embed(self, plan, x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         plan = getattr(self, fused.PLAN)
-        if active_noise(self, plan.noise) is not None:
+        if model_as_written(self, plan) is not None:
             return super().forward_features(x)
         self.patch_embed.check_image(x)
         return fused.run_features(self, plan, x)[:, 0]

@@ -23,7 +23,7 @@ from tnt_kernels.models.plan import (
     PixelPlan,
     ProjectionNames,
     block_as_written,
-    everything_watched,
+    everything_as_written,
     model_as_written,
     part_as_written,
     watched,
@@ -195,7 +195,7 @@ def run_pixel_embed(
     # Of another size or channel count: the module's own error, or what else it does with it.
     if not _is_tensor(image) or image.dim() != 4 or tuple(image.shape[2:]) != plan.img_size:
         return None
-    if everything_watched() is not None or part_as_written(module, plan.part) is not None:
+    if everything_as_written() is not None or part_as_written(module, plan.part) is not None:
         return None
     proj: Any = module._modules["proj"]
     if image.shape[1] != proj.in_channels:
@@ -224,7 +224,7 @@ def pixel_embed(module: nn.Module, plan: PixelPlan, image: Tensor, position: Ten
 
 
 def embed(model: nn.Module, plan: ModelPlan, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The first block's words [B * n, m, c] and tokens [B, n + 1, d]. No dropout may be active."""
+    """The first block's words [B * n, m, c] and tokens [B, n + 1, d], for a model not run as written."""
     names = plan.names
     children: dict[str, Any] = model._modules
     parameters: dict[str, Any] = model._parameters
@@ -237,21 +237,21 @@ def embed(model: nn.Module, plan: ModelPlan, image: Tensor) -> tuple[Tensor, Ten
 
     cls_token, outer_pos = parameters[names.cls_token], parameters[names.outer_pos]
     batch, n = image.shape[0], outer_pos.shape[1] - 1
-    if everything_watched() is None and part_as_written(model, plan.stem) is None:
+    if part_as_written(model, plan.stem) is None:
         arguments = projection_arguments(model, names.projection)
         if _choose(plan.stem, arguments, (words, cls_token, outer_pos), False)[0]:
             # A stem is a projection into sentences that hold their positions alone.
             empty = torch.cat([cls_token + outer_pos[:, :1], outer_pos[:, 1:]], dim=1).expand(batch, -1, -1)
             return words, ops.word_to_sentence(words, empty, *arguments.parameters, **arguments.options)
     norm1, proj, norm2 = (children[name] for name in names.projection)
+    pos_drop = children.get(names.pos_drop)
     sentences = norm2(proj(norm1(words.reshape(batch, n, words.shape[1] * words.shape[2]))))
     tokens = torch.cat([cls_token.expand(batch, -1, -1), sentences], dim=1) + outer_pos
-    pos_drop = children.get(names.pos_drop)
     return words, tokens if pos_drop is None else pos_drop(tokens)
 
 
 def run_features(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor:
-    """The class token after the last norm, [B, 1, d]. No dropout of the model may be active."""
+    """The class token after the last norm, [B, 1, d], unless the model has to run as it is written."""
     children: dict[str, Any] = model._modules
     words, tokens = embed(model, plan, image)
     blocks = list(children[plan.names.blocks]._modules.values())
@@ -261,7 +261,7 @@ def run_features(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor:
     if blocks:
         token = None
         block_plan = getattr(blocks[-1], PLAN, None)
-        if block_plan is not None and everything_watched() is None and watched(norm) is None:
+        if block_plan is not None:
             token = run_class_token(blocks[-1], block_plan, words, tokens)
         tokens = blocks[-1](words, tokens)[1] if token is None else token
     return norm(tokens)[:, :1]
@@ -270,7 +270,12 @@ def run_features(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor:
 def run_model(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor | None:
     """The model's output, or None if its own forward has to run."""
     # With a gradient at stake no part is likely to run fused, and checkpointing may be on.
-    if torch.is_grad_enabled() or not _is_tensor(image) or model_as_written(model, plan) is not None:
+    if (
+        torch.is_grad_enabled()
+        or model.training
+        or not _is_tensor(image)
+        or model_as_written(model, plan) is not None
+    ):
         return None
     if image.dim() != 4 or tuple(image.shape[2:]) != plan.pixel.img_size:
         return None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.dropout import _DropoutNd
@@ -132,6 +133,7 @@ class ModelPlan:
     names: ModelNames
     pixel: PixelPlan
     stem: Part
+    shared: tuple[Member, ...]  # children around the blocks, such as the last norm and the position dropout
     settings: Settings
     noise: tuple[Noise, ...]
     refused: str | None = None  # why the model's own forward has to run
@@ -356,8 +358,18 @@ def plan_model(model: nn.Module) -> ModelPlan | None:
     pixel = plan_pixel_embed(model._modules[names.pixel_embed])  # type: ignore[arg-type]
     if pixel is None:
         return None
-    noise = tuple(item for item in _noise_of(model) if item.path[0] != names.blocks)
-    return ModelPlan(names, pixel, _plan_projection(model, names.projection), settings_of(model), noise)
+    apart = (names.pixel_embed, *names.projection, names.blocks, names.head)
+    around = [
+        (name, child) for name, child in model._modules.items() if child is not None and name not in apart
+    ]
+    return ModelPlan(
+        names=names,
+        pixel=pixel,
+        stem=_plan_projection(model, names.projection),
+        shared=tuple(Member((name,), type(child)) for name, child in around),
+        settings=settings_of(model),
+        noise=tuple(noise for noise in _noise_of(model) if noise.path[:1] != (names.blocks,)),
+    )
 
 
 def watched(module: nn.Module) -> str | None:
@@ -371,7 +383,10 @@ def watched(module: nn.Module) -> str | None:
     return None
 
 
-def everything_watched() -> str | None:
+def everything_as_written() -> str | None:
+    """Why no module may run fused now, or None."""
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
     if (
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -432,7 +447,7 @@ def block_as_written(block: nn.Module, plan: BlockPlan) -> str | None:
     if block.training and not plan.training:
         return "in training mode it computes something else than a TNT block"
     return (
-        everything_watched()
+        everything_as_written()
         or active_noise(block, plan.noise)
         or changed(block, plan.shared)
         or reset(block, plan.settings)
@@ -443,15 +458,15 @@ def model_as_written(model: nn.Module, plan: ModelPlan) -> str | None:
     """Why the model's own forward has to run, or None. Its blocks may run fused all the same."""
     if plan.refused is not None:
         return plan.refused
-    if model.training:
-        return "it is in training mode"
     for name in ("forward_features", "forward_head"):
         if name in model.__dict__:
             return f"{name} is set on the instance"
-    why = watched(model._modules[plan.names.norm])  # type: ignore[arg-type]
-    if why is not None:
-        return f"{plan.names.norm} {why}"
-    return everything_watched() or active_noise(model, plan.noise) or reset(model, plan.settings)
+    return (
+        everything_as_written()
+        or active_noise(model, plan.noise)
+        or changed(model, plan.shared)
+        or reset(model, plan.settings)
+    )
 
 
 def part_as_written(module: nn.Module, part: Part) -> str | None:
