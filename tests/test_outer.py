@@ -200,10 +200,13 @@ def test_special_values_of_a_weight() -> None:
         assert torch.equal(run(tokens, parameters, 4).isnan(), eager(tokens, parameters, 4).isnan())
 
 
-def test_the_same_bits_on_any_number_of_threads() -> None:
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_the_same_bits_on_any_number_of_threads(cast: torch.dtype | None) -> None:
     tokens, parameters = randn(3, 50, 64), inner_parameters(64)
-    expected = run(tokens, parameters, 4)
-    assert torch.equal(run(tokens, parameters, 4), expected)
+    expected = run(tokens, parameters, 4, cast)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(tokens, parameters, 4, cast), expected)
 
 
 def test_gradients_take_the_reference_path() -> None:

@@ -92,6 +92,6 @@ def check_outer_block(
 
 @torch.library.register_fake("tnt_kernels::outer_block", lib=_ops.lib)
 def _(tokens: Tensor, *args: Any) -> Tensor:
-    *parameters, _scale, _eps1, _eps2, compute_dtype = args
-    check_outer_block(tokens, *parameters, compute_dtype)
+    checked = (*args[:-4], args[-1])
+    check_outer_block(tokens, *checked)
     return tokens.new_empty(tokens.shape)
