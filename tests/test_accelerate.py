@@ -387,6 +387,47 @@ def test_changes_after_accelerating():
     assert_near(outs[1], outs[0])
 
 
+def test_pixel_embedding_replaced():
+    class Zero(nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.proj, self.img_size, self.patch_size = own.proj, own.img_size, own.patch_size
+
+        def forward(self, x, *position):
+            return torch.zeros(x.shape[0] * 6, 16, 24)
+
+    for model in (accelerate(make("authors")), FastTNT.from_reference(make("authors"))):
+        model.patch_embed = Zero(model.patch_embed)
+        model.patch_embed.check_image = lambda x: None
+        with torch.no_grad():
+            assert torch.equal(model(images(2, seed=1)), model(images(2, seed=2)))
+
+
+def test_casts_of_a_users_forward():
+    """Weights of two dtypes, which PyTorch's layers would refuse without the user's casts."""
+
+    class Cast(nn.Linear):
+        def forward(self, x):
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+    class Casting(huawei_style.Attention):
+        def forward(self, x):
+            return super().forward(x.to(self.qk.weight.dtype)).to(x.dtype)
+
+    model = make("authors")
+    for block in model.blocks:
+        block.outer_attn.__class__ = Casting
+        block.inner_mlp.fc1.__class__ = Cast
+    accelerate(model)
+    for block in model.blocks:
+        block.outer_attn.bfloat16()
+        block.inner_mlp.fc1.bfloat16()
+    with torch.no_grad():
+        ours = model(images())
+        assert "several dtypes" in "".join(part.why for part in explain(model).parts)
+        assert_near(ours, restore(model)(images()), 1e-2)  # of bfloat16
+
+
 def test_switches_of_a_users_class():
     """A setting that the test run cannot have seen takes its module off the fast path."""
 

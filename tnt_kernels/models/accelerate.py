@@ -20,12 +20,14 @@ from tnt_kernels.models.fast_tnt import FastBlock, FastTNT
 from tnt_kernels.models.plan import (
     AUTHORS_BLOCK,
     AUTHORS_MODEL,
+    ORIGINAL,
     TIMM_BLOCK,
     TIMM_MODEL,
     BlockPlan,
     ModelPlan,
     PixelPlan,
     is_plain,
+    own_class,
     plan_block,
     plan_model,
     plan_pixel_embed,
@@ -35,7 +37,6 @@ from tnt_kernels.models.proof import prove_block, prove_model, prove_pixel_embed
 Plan = BlockPlan | PixelPlan | ModelPlan
 Model = TypeVar("Model", bound=nn.Module)
 
-_ORIGINAL = "_tnt_original"
 
 LOOKED_FOR = (
     f"blocks with the children {', '.join(AUTHORS_BLOCK.outer)} (the authors' names) or "
@@ -89,7 +90,7 @@ def restore(model: Model) -> Model:
     check_module(model)
     for module in model.modules():
         if is_accelerated(module):
-            module.__class__ = getattr(type(module), _ORIGINAL)
+            module.__class__ = own_class(module)
     return model
 
 
@@ -99,7 +100,7 @@ def check_module(model: object) -> None:
 
 
 def is_accelerated(module: nn.Module) -> bool:
-    return _ORIGINAL in type(module).__dict__
+    return ORIGINAL in type(module).__dict__
 
 
 def is_fast(module: nn.Module) -> bool:
@@ -199,7 +200,7 @@ def _make_fast_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        _ORIGINAL: original,
+        ORIGINAL: original,
         fused.PLAN: plan,
     }
     metaclass: Any = type(original)

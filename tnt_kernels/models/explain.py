@@ -28,9 +28,9 @@ from tnt_kernels.models.plan import (
     Part,
     PixelPlan,
     block_as_written,
-    everything_as_written,
     model_as_written,
     part_as_written,
+    pixel_as_written,
     watched,
 )
 
@@ -128,7 +128,11 @@ def _verdict(why: str | None, part: Part, arguments: Any) -> Verdict:
     backend = dispatch.requested()
     if backend == "reference":
         return AS_WRITTEN, "the reference backend is asked for"
-    why = dispatch.can_run_cpu(part.op, *arguments())
+    tensors = arguments()
+    dtypes = {str(tensor.dtype) for tensor in tensors if tensor is not None and tensor.dim() > 1}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(tensors[0].device.type):
+        return AS_WRITTEN, f"its weights are of several dtypes: {', '.join(sorted(dtypes))}"
+    why = dispatch.can_run_cpu(part.op, *tensors)
     if why is None:
         return "cpu", ""
     return (AS_WRITTEN, why) if backend == "auto" else (ERROR, f"the {backend} backend is forced: {why}")
@@ -150,7 +154,7 @@ def _block_parts(block: nn.Module, plan: BlockPlan) -> Iterator[tuple[str, Verdi
 
 
 def _pixel_parts(module: nn.Module, plan: PixelPlan) -> Iterator[tuple[str, Verdict]]:
-    why = everything_as_written() or part_as_written(module, plan.part)
+    why = pixel_as_written(module, plan)
     yield "pixel embedding", _verdict(why, plan.part, lambda: tuple(module.parameters()))
 
 
@@ -160,7 +164,7 @@ def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdi
     whole = model_as_written(model, plan)
     if isinstance(model, FastTNT):
         pixel = children[names.pixel_embed]
-        why = whole or watched(pixel) or part_as_written(pixel, plan.pixel.part)
+        why = whole or watched(pixel) or pixel_as_written(pixel, plan.pixel)
         yield "pixel embedding", _verdict(why, plan.pixel.part, lambda: tuple(pixel.parameters()))
     elif model.training:
         whole = whole or "it is in training mode"

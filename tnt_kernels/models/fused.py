@@ -23,9 +23,9 @@ from tnt_kernels.models.plan import (
     PixelPlan,
     ProjectionNames,
     block_as_written,
-    everything_as_written,
     model_as_written,
     part_as_written,
+    pixel_as_written,
     watched,
 )
 
@@ -83,6 +83,8 @@ def _choose(
     part: Part, arguments: Arguments, streams: tuple[Tensor, ...], needs_grad: bool
 ) -> tuple[bool, bool]:
     """Whether a backend runs the part on these tensors, and whether its output needs a gradient."""
+    if not _one_dtype(arguments, streams):
+        return False, needs_grad
     needs_grad = needs_grad or dispatch.gradient_needed(*streams, *arguments.parameters)
     backend = dispatch.choose(part.op, *streams, *arguments.parameters, needs_grad=needs_grad)
     return backend != "reference", needs_grad
@@ -90,6 +92,19 @@ def _choose(
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)  # not so the proxies of torch.fx
+
+
+def _one_dtype(arguments: Arguments, streams: tuple[Tensor, ...]) -> bool:
+    """Whether the operation takes these dtypes. A user's forward may cast where the operation would raise."""
+    x, tokens = streams[0], streams[-1]
+    if torch.is_autocast_enabled(x.device.type):
+        return True
+    if tokens.dtype is not x.dtype and tokens.dtype is not torch.float32:
+        return False
+    for tensor in arguments.parameters:
+        if tensor is not None and tensor.dtype is not x.dtype and tensor.dim() > 1:
+            return False
+    return True
 
 
 class Chosen(NamedTuple):
@@ -195,7 +210,7 @@ def run_pixel_embed(
     # Of another size or channel count: the module's own error, or what else it does with it.
     if not _is_tensor(image) or image.dim() != 4 or tuple(image.shape[2:]) != plan.img_size:
         return None
-    if everything_as_written() is not None or part_as_written(module, plan.part) is not None:
+    if pixel_as_written(module, plan) is not None:
         return None
     proj: Any = module._modules["proj"]
     if image.shape[1] != proj.in_channels:
@@ -227,15 +242,14 @@ def embed(model: nn.Module, plan: ModelPlan, image: Tensor) -> tuple[Tensor, Ten
     """The first block's words [B * n, m, c] and tokens [B, n + 1, d], for a model not run as written."""
     names = plan.names
     children: dict[str, Any] = model._modules
-    parameters: dict[str, Any] = model._parameters
-    pixel, position = children[names.pixel_embed], parameters[names.inner_pos]
+    pixel, position = children[names.pixel_embed], getattr(model, names.inner_pos)
     words = None
     if watched(pixel) is None:
         words = run_pixel_embed(pixel, plan.pixel, image, position)
     if words is None:
         words = pixel(image, position) if plan.pixel.positioned else pixel(image) + position
 
-    cls_token, outer_pos = parameters[names.cls_token], parameters[names.outer_pos]
+    cls_token, outer_pos = getattr(model, names.cls_token), getattr(model, names.outer_pos)
     batch, n = image.shape[0], outer_pos.shape[1] - 1
     if part_as_written(model, plan.stem) is None:
         arguments = projection_arguments(model, names.projection)

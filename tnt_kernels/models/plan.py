@@ -22,6 +22,8 @@ Settings = tuple[
     tuple[str, Any], ...
 ]  # attributes of a module that its forward may depend on, and their values
 
+ORIGINAL = "_tnt_original"  # where the class of an accelerated module keeps the module's own class
+
 # Settings that the fused operations read in every call.
 _LIVE = ("num_heads", "scale", "num_classes")
 
@@ -122,6 +124,8 @@ class BlockPlan:
 @dataclass(frozen=True)
 class PixelPlan:
     part: Part
+    kind: type[nn.Module]
+    settings: Settings
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
     legacy: bool  # one convolution over the whole image
@@ -299,11 +303,8 @@ def _foreign_state(name: str, module: nn.Module, known: tuple[str, ...]) -> str 
     return f"{name} has {', '.join(own)}, which a TNT's has not" if own else None
 
 
-def plan_pixel_embed(module: nn.Module, *, legacy: bool | None = None) -> PixelPlan | None:
-    """The plan of a pixel embedding, or None for a module that has not the children of one.
-
-    `legacy`: whether the convolution sees the whole image; None: what the module says of itself.
-    """
+def plan_pixel_embed(module: nn.Module) -> PixelPlan | None:
+    """The plan of a pixel embedding, or None for a module that has not the children of one."""
     proj = module._modules.get("proj")
     img_size, patch_size = (
         _pair(getattr(module, "img_size", None)),
@@ -313,13 +314,15 @@ def plan_pixel_embed(module: nn.Module, *, legacy: bool | None = None) -> PixelP
         return None
     why = _no_word_convolution(proj) or _foreign_state("it", module, ("proj",))
     return PixelPlan(
-        Part("pixel_embed", refused=why)
+        part=Part("pixel_embed", (), why)
         if why
         else Part("pixel_embed", _members(module, tuple(module._modules))),
-        img_size,
-        patch_size,
-        bool(getattr(module, "legacy", False)) if legacy is None else legacy,
-        len(inspect.signature(module.forward).parameters) == 2,
+        kind=own_class(module),
+        settings=settings_of(module),
+        img_size=img_size,
+        patch_size=patch_size,
+        legacy=bool(getattr(module, "legacy", False)),
+        positioned=len(inspect.signature(module.forward).parameters) == 2,
     )
 
 
@@ -467,6 +470,18 @@ def model_as_written(model: nn.Module, plan: ModelPlan) -> str | None:
         or changed(model, plan.shared)
         or reset(model, plan.settings)
     )
+
+
+def pixel_as_written(module: nn.Module, plan: PixelPlan) -> str | None:
+    """Why a pixel embedding has to run as it is written, as far as its modules tell, or None."""
+    if own_class(module) is not plan.kind:
+        return f"it is {_a(module)} and was a {plan.kind.__name__}"
+    return everything_as_written() or part_as_written(module, plan.part) or reset(module, plan.settings)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, accelerated or not."""
+    return getattr(type(module), ORIGINAL, type(module))
 
 
 def part_as_written(module: nn.Module, part: Part) -> str | None:
