@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,8 @@ def reason(error: BaseException) -> str:
     """One line that says why a baseline did not run."""
     if isinstance(error, NotRunError):
         return str(error)
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300]
+    said = " ".join(str(error).split())
+    return textwrap.shorten(f"{type(error).__name__}: {said}", 500, placeholder=" ...")
 
 
 def torch_call(function: Callable[..., Any], args: tuple[Any, ...], dtype: str) -> Callable[[], Any]:

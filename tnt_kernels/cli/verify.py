@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     failed = [row for row in rows if row.problem]
     for row in failed:
         print(f"\nFAILED {row.what}, {row.size}, {row.precision}, tier {row.tier}: {row.problem}")
-    print(f"\n{len(rows) - len(failed)} of {len(rows)} passed, {threads} threads.")
+    on = f"{threads} thread{'s' * (threads > 1)}"
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} passed, {on}.")
     return 1 if failed else 0
 
 
