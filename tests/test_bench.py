@@ -307,10 +307,10 @@ def test_memory_of_an_entry_in_its_own_process(tmp_path):
 def test_report_script_writes_tables_and_plots(tmp_path):
     pytest.importorskip("matplotlib")
     results.save(run_tiny(), tmp_path / "tiny.json")
-    script = Path(__file__).parents[1] / "benchmarks" / "report.py"
-    subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "tiny.json")], check=True, capture_output=True
-    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "benchmarks" / "report.py"), str(tmp_path / "tiny.json")]
+    variables = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run(command, check=True, capture_output=True, env=variables)
     assert "| fast " in (tmp_path / "tiny.md").read_text()
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
