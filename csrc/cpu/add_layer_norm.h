@@ -66,20 +66,31 @@ struct AddLayerNorm {
     }
     const float mean = (hsum((total[0] + total[1]) + (total[2] + total[3])) + tail) / static_cast<float>(d);
 
-    vf squares[4] = {};
+    // The mean as it was rounded leaves a rest: summed along with the squares, and taken off at the end.
+    vf squares[4] = {}, rests[4] = {};
+    float tail_rest = 0;
     tail = 0;
     for (int64_t k = 0; k < whole; k += L) {
       const vf v = load(row + k) - mean;
+      store(row + k, v);
       squares[k / L % 4] += v * v;
+      rests[k / L % 4] += v;
     }
-    for (int64_t k = whole; k < d; ++k) tail += (row[k] - mean) * (row[k] - mean);
+    for (int64_t k = whole; k < d; ++k) {
+      row[k] -= mean;
+      tail += row[k] * row[k];
+      tail_rest += row[k];
+    }
+    const float rest =
+        (hsum((rests[0] + rests[1]) + (rests[2] + rests[3])) + tail_rest) / static_cast<float>(d);
     const float variance =
-        (hsum((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail) / static_cast<float>(d);
+        (hsum((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail) / static_cast<float>(d) -
+        rest * rest;
     const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps);
 
     for (int64_t k = 0; k < whole; k += L)
-      store_io(out + k, (load(row + k) - mean) * rstd * load(gain + k) + load(shift + k));
-    for (int64_t k = whole; k < d; ++k) store_scalar(out + k, (row[k] - mean) * rstd * gain[k] + shift[k]);
+      store_io(out + k, (load(row + k) - rest) * rstd * load(gain + k) + load(shift + k));
+    for (int64_t k = whole; k < d; ++k) store_scalar(out + k, (row[k] - rest) * rstd * gain[k] + shift[k]);
   }
 };
 

@@ -78,25 +78,29 @@ TNT_INLINE void layer_norm(const float* x, int64_t ld, int64_t n, const Affine& 
   const float inverse = 1.0f / static_cast<float>(n);
   const vf mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
 
-  vf square[4] = {};
+  // The mean as it was rounded leaves a rest: summed along with the squares, and taken off at the end.
+  vf square[4] = {}, rest[4] = {};
   for (k = 0; k + 4 <= n; k += 4) {
     for (int i = 0; i < 4; ++i) {
       const vf d = load(x + (k + i) * ld) - mean;
+      rest[i] += d;
       square[i] += d * d;
     }
   }
   for (; k < n; ++k) {
     const vf d = load(x + k * ld) - mean;
+    rest[0] += d;
     square[0] += d * d;
   }
-  const vf variance = ((square[0] + square[1]) + (square[2] + square[3])) * inverse;
+  const vf left = ((rest[0] + rest[1]) + (rest[2] + rest[3])) * inverse;
+  const vf variance = ((square[0] + square[1]) + (square[2] + square[3])) * inverse - left * left;
   const vf rstd = splat(1.0f) / sqrt_(variance + eps);
+  const vf offset = splat(0.0f) - left * rstd;
+  const auto normal = [&](int64_t i) TNT_LAMBDA { return (load(x + i * ld) - mean) * rstd + offset; };
 
   for (k = 0; k < n; k += 2) {
-    const vf even = (load(x + k * ld) - mean) * rstd * affine.gain[k] + affine.shift[k];
-    const vf odd = k + 1 < n
-                       ? (load(x + (k + 1) * ld) - mean) * rstd * affine.gain[k + 1] + affine.shift[k + 1]
-                       : splat(0.0f);
+    const vf even = normal(k) * affine.gain[k] + affine.shift[k];
+    const vf odd = k + 1 < n ? normal(k + 1) * affine.gain[k + 1] + affine.shift[k + 1] : splat(0.0f);
     emit(k, even, odd);
   }
 }
