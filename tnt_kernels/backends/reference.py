@@ -187,7 +187,11 @@ def add_layer_norm(
 def packed_linear(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gelu: bool
 ) -> Tensor:
-    out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    parts = [
+        F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    out = torch.cat(parts, dim=-1)
     return F.gelu(out) if gelu else out
 
 

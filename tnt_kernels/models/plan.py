@@ -264,6 +264,15 @@ def _a(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
+def _replaced(module: nn.Module | None, kind: type[nn.Module] | None) -> str:
+    now = None if module is None else own_class(module)
+    names = [None if cls is None else cls.__name__ for cls in (now, kind)]
+    if names[0] == names[1]:
+        names = [None if cls is None else f"{cls.__module__}.{cls.__name__}" for cls in (now, kind)]
+    is_now, was = ("nothing" if name is None else f"a {name}" for name in names)
+    return f"is {is_now} and was {was}"
+
+
 def _no_attention(name: str, attn: Any) -> str | None:
     known = ("qk", "v", "proj")
     for child in known:
@@ -416,8 +425,7 @@ def changed(root: nn.Module, members: tuple[Member, ...]) -> str | None:
         for name in path:
             module = None if module is None else module._modules.get(name)
         if type(module) is not (type(None) if kind is None else kind):
-            was = "nothing" if kind is None else f"a {kind.__name__}"
-            return f"{'.'.join(path)} is {_a(module)} and was {was}"
+            return f"{'.'.join(path)} {_replaced(module, kind)}"
         if module is None:
             continue
         why = watched(module)
@@ -475,7 +483,7 @@ def model_as_written(model: nn.Module, plan: ModelPlan) -> str | None:
 def pixel_as_written(module: nn.Module, plan: PixelPlan) -> str | None:
     """Why a pixel embedding has to run as it is written, as far as its modules tell, or None."""
     if own_class(module) is not plan.kind:
-        return f"it is {_a(module)} and was a {plan.kind.__name__}"
+        return f"it {_replaced(module, plan.kind)}"
     return everything_as_written() or part_as_written(module, plan.part) or reset(module, plan.settings)
 
 

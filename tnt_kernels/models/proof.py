@@ -122,11 +122,15 @@ def _compare(
             expected = exact()
             before = _stored(module)
             given = run()
+            left = [name for name, held in _stored(module).items() if before.get(name) != held]
+            if left:
+                return f"its forward stores {', '.join(left)}, which a fused one would not"
+            return _difference(given, expected)
         except Exception as error:  # whatever a user's forward may raise on a small input
             return f"its forward fails in a test run: {type(error).__name__}: {error}"
-        left = [name for name, held in _stored(module).items() if before.get(name) != held]
-    if left:
-        return f"its forward stores {', '.join(left)}, which a fused one would not"
+
+
+def _difference(given: Any, expected: tuple[Tensor, ...]) -> str | None:
     outputs = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     if len(outputs) != len(expected) or not all(isinstance(output, Tensor) for output in outputs):
         return "its forward returns something else than a TNT's"

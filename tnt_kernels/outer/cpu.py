@@ -81,6 +81,7 @@ def packed_linear(
     biases: Sequence[Tensor | None],
     gelu: bool,
 ) -> Tensor:  # [..., outputs of all weights], in the dtype of x
+    _checks.check_packed_linear(x, weights, biases)
     if x.dtype == torch.float64 or any(weight.numel() == 0 for weight in weights):
         with torch.autocast("cpu", enabled=False):
             return reference.packed_linear(x, weights, biases, gelu)
