@@ -589,13 +589,14 @@ def test_only_training_differs():
 
 def test_unusual_parts_run_as_written():
     """Where one half of a block is of another kind, the other still runs fused."""
-    model = make("timm")
+    model = make("timm", global_pool="avg")
     for block in model.blocks:
         block.mlp_in.act = nn.ReLU()
     with torch.no_grad():
         expected = model(images())
         assert_near(accelerate(model)(images()), expected)
-        rows = {part.part: part for part in explain(model).parts if part.module == "blocks.0"}
+        rows = {part.part: part for part in explain(model).parts if part.module in ("", "blocks.0")}
+    assert "uses more than the class token" in rows["stem"].why
     assert not rows["inner half"].fused
     assert "mlp_in.act is ReLU" in rows["inner half"].why
     assert rows["projection"].fused

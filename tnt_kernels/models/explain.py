@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,9 @@ def explain(model: nn.Module) -> Explanation:
     """
     check_module(model)
     parts: list[PartReport] = []
-    for name, module, plan in candidates(model):
+    found: Iterable[tuple[str, Verdict]]
+    planned = list(candidates(model))
+    for name, module, plan in planned:
         if isinstance(plan, BlockPlan):
             found = _block_parts(module, plan)
         elif isinstance(plan, PixelPlan):
@@ -109,7 +111,7 @@ def explain(model: nn.Module) -> Explanation:
         for part, verdict in found:
             runs, why = verdict if is_fast(module) else _before(plan, *verdict)
             parts.append(PartReport(name, part, runs, why))
-    return Explanation(_mode(model), tuple(parts))
+    return Explanation(_mode(model, [module for _, module, _ in planned]), tuple(parts))
 
 
 Verdict = tuple[str, str]  # runs, why
@@ -121,14 +123,14 @@ def _before(plan: Plan, runs: str, why: str) -> Verdict:
     return AS_WRITTEN, f"not accelerated, which would not help now: {why}" if why else "not accelerated"
 
 
-def _verdict(why: str | None, part: Part, arguments: Any) -> Verdict:
-    """`why` is what the modules have against it; the backend may have something, too."""
+def _verdict(why: str | None, part: Part, parameters: Callable[[], tuple[Any, ...]]) -> Verdict:
+    """`why` is what the modules have against it; their parameters and the backend may have something, too."""
     if why is not None:
         return AS_WRITTEN, why
     backend = dispatch.requested()
     if backend == "reference":
         return AS_WRITTEN, "the reference backend is asked for"
-    tensors = arguments()
+    tensors = parameters()
     dtypes = {str(tensor.dtype) for tensor in tensors if tensor is not None and tensor.dim() > 1}
     if len(dtypes) > 1 and not torch.is_autocast_enabled(tensors[0].device.type):
         return AS_WRITTEN, f"its weights are of several dtypes: {', '.join(sorted(dtypes))}"
@@ -140,17 +142,11 @@ def _verdict(why: str | None, part: Part, arguments: Any) -> Verdict:
 
 def _block_parts(block: nn.Module, plan: BlockPlan) -> Iterator[tuple[str, Verdict]]:
     whole = block_as_written(block, plan)
-    for name, part in (
-        ("inner half", plan.inner),
-        ("projection", plan.projection),
-        ("outer half", plan.outer),
-    ):
+    named = {"inner half": plan.inner, "projection": plan.projection, "outer half": plan.outer}
+    for name, part in named.items():
         if part is not None:
             why = whole or part_as_written(block, part)
-            yield (
-                name,
-                _verdict(why, part, lambda part=part: fused.part_arguments(block, plan, part).parameters),
-            )
+            yield name, _verdict(why, part, lambda p=part: fused.part_arguments(block, plan, p).parameters)
 
 
 def _pixel_parts(module: nn.Module, plan: PixelPlan) -> Iterator[tuple[str, Verdict]]:
@@ -171,10 +167,8 @@ def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdi
     elif torch.is_grad_enabled():
         whole = whole or "gradients may be needed (torch.is_grad_enabled())"
     why = whole or part_as_written(model, plan.stem)
-    yield (
-        "stem",
-        _verdict(why, plan.stem, lambda: fused.projection_arguments(model, names.projection).parameters),
-    )
+    stem = _verdict(why, plan.stem, lambda: fused.projection_arguments(model, names.projection).parameters)
+    yield "stem", stem
 
     blocks = list(children[names.blocks]._modules.values())
     block_plan = getattr(blocks[-1], fused.PLAN, None) if blocks else None
@@ -185,9 +179,8 @@ def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdi
     yield "last block, class token alone", next((v for v in reports if v[1]), reports[0])
 
 
-def _mode(model: nn.Module) -> dict[str, str]:
-    blocks = [module for _, module, _ in candidates(model)]
-    modes = {"training" if module.training else "eval" for module in blocks or [model]}
+def _mode(model: nn.Module, planned: list[nn.Module]) -> dict[str, str]:
+    modes = {"training" if module.training else "eval" for module in planned or [model]}
     parameters = list(model.parameters())
     mode = {
         "model": type(model).__name__

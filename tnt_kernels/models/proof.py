@@ -9,6 +9,7 @@ are its hooks.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,8 @@ from tnt_kernels.models.tnt import SE
 TOLERANCE = 1e-6
 
 IMAGES, SENTENCES = 2, 3
+
+GIVES_NAN = "its forward gives NaN in a test run"
 
 _HOOKS = (
     "_forward_hooks",
@@ -138,6 +141,8 @@ def _difference(given: Any, expected: tuple[Tensor, ...]) -> str | None:
         if output.shape != wanted.shape:
             return f"its forward returns the shape {list(output.shape)}, a TNT's {list(wanted.shape)}"
         off = ((output.double() - wanted).abs().max() / wanted.abs().max()).item()
+        if math.isnan(off):
+            return GIVES_NAN
         if not off <= TOLERANCE:
             return f"its forward computes something else than a TNT's (off by {off:.1e} in a test run)"
     return None
@@ -276,4 +281,6 @@ def prove_model(model: nn.Module, plan: ModelPlan) -> ModelPlan:
         lambda: twin(image.clone()),
         lambda: (fused.head(twin, plan, fused.run_features(twin, plan, image)),),
     )
+    if why == GIVES_NAN:
+        why = "its forward uses more than the class token"
     return plan if why is None else replace(plan, refused=why)
