@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,14 +124,14 @@ def _before(plan: Plan, runs: str, why: str) -> Verdict:
     return AS_WRITTEN, f"not accelerated, which would not help now: {why}" if why else "not accelerated"
 
 
-def _verdict(why: str | None, part: Part, parameters: Callable[[], tuple[Any, ...]]) -> Verdict:
+def _verdict(why: str | None, part: Part, arguments: Callable[[], fused.Arguments]) -> Verdict:
     """`why` is what the modules have against it; their parameters and the backend may have something, too."""
     if why is not None:
         return AS_WRITTEN, why
     backend = dispatch.requested()
     if backend == "reference":
         return AS_WRITTEN, "the reference backend is asked for"
-    tensors = parameters()
+    tensors = arguments().parameters
     dtypes = {str(tensor.dtype) for tensor in tensors if tensor is not None and tensor.dim() > 1}
     if len(dtypes) > 1 and not torch.is_autocast_enabled(tensors[0].device.type):
         return AS_WRITTEN, f"its weights are of several dtypes: {', '.join(sorted(dtypes))}"
@@ -146,12 +147,12 @@ def _block_parts(block: nn.Module, plan: BlockPlan) -> Iterator[tuple[str, Verdi
     for name, part in named.items():
         if part is not None:
             why = whole or part_as_written(block, part)
-            yield name, _verdict(why, part, lambda p=part: fused.part_arguments(block, plan, p).parameters)
+            yield name, _verdict(why, part, partial(fused.part_arguments, block, plan, part))
 
 
 def _pixel_parts(module: nn.Module, plan: PixelPlan) -> Iterator[tuple[str, Verdict]]:
     why = pixel_as_written(module, plan)
-    yield "pixel embedding", _verdict(why, plan.part, lambda: tuple(module.parameters()))
+    yield "pixel embedding", _verdict(why, plan.part, partial(fused.pixel_arguments, module))
 
 
 def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdict]]:
@@ -161,14 +162,13 @@ def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdi
     if isinstance(model, FastTNT):
         pixel = children[names.pixel_embed]
         why = whole or watched(pixel) or pixel_as_written(pixel, plan.pixel)
-        yield "pixel embedding", _verdict(why, plan.pixel.part, lambda: tuple(pixel.parameters()))
+        yield "pixel embedding", _verdict(why, plan.pixel.part, partial(fused.pixel_arguments, pixel))
     elif model.training:
         whole = whole or "it is in training mode"
     elif torch.is_grad_enabled():
         whole = whole or "gradients may be needed (torch.is_grad_enabled())"
     why = whole or part_as_written(model, plan.stem)
-    stem = _verdict(why, plan.stem, lambda: fused.projection_arguments(model, names.projection).parameters)
-    yield "stem", stem
+    yield "stem", _verdict(why, plan.stem, partial(fused.projection_arguments, model, names.projection))
 
     blocks = list(children[names.blocks]._modules.values())
     block_plan = getattr(blocks[-1], fused.PLAN, None) if blocks else None

@@ -73,6 +73,10 @@ def projection_arguments(module: nn.Module, names: ProjectionNames) -> Arguments
     return Arguments(_parameters(norm1, proj, norm2), options)
 
 
+def pixel_arguments(module: nn.Module, position: Tensor | None = None) -> Arguments:
+    return Arguments((*_parameters(module._modules["proj"]), position), {})
+
+
 def part_arguments(block: nn.Module, plan: BlockPlan, part: Part) -> Arguments:
     if part is plan.projection:
         return projection_arguments(block, plan.names.projection)
@@ -215,8 +219,7 @@ def run_pixel_embed(
     proj: Any = module._modules["proj"]
     if image.shape[1] != proj.in_channels:
         return None
-    arguments = Arguments((*_parameters(proj), position), {})
-    if not _choose(plan.part, arguments, (image,), False)[0]:
+    if not _choose(plan.part, pixel_arguments(module, position), (image,), False)[0]:
         return None
     return pixel_embed(module, plan, image, position)
 
