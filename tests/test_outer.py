@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tnt_kernels import _ops, native, outer
 from tnt_kernels.backends import reference
 from tnt_kernels.dispatch import use_backend
-from tnt_kernels.outer import cpu, operator, packed
+from tnt_kernels.outer import cpu, packed
 
 pytestmark = pytest.mark.usefixtures("needs_native", "_empty_cache")
 
@@ -216,7 +216,7 @@ def test_gradients_take_the_reference_path() -> None:
     scale = 8**-0.5
     y = reference.inner_block(tokens, *parameters.values(), 4, scale, 1e-5, 1e-5)
     torch.testing.assert_close(ours, torch.autograd.grad(y.sum(), [tokens, *leaves]))
-    direct = operator.outer_block(tokens, *parameters.values(), 4, scale, 1e-5, 1e-5, None)
+    direct = _ops.outer_block(tokens, *parameters.values(), 4, scale, 1e-5, 1e-5, None)
     torch.testing.assert_close(torch.autograd.grad(direct.sum(), [tokens, *leaves]), ours)
     with use_backend("cpu"), pytest.raises(RuntimeError, match="gradient"):
         outer.outer_block(tokens, **parameters, num_heads=4)
@@ -226,7 +226,7 @@ def test_float64_takes_the_reference_path() -> None:
     tokens, parameters = randn(2, 10, 32, dtype=torch.float64), inner_parameters(32, dtype=torch.float64)
     ours = outer.outer_block(tokens, **parameters, num_heads=4)
     assert torch.equal(ours, exact(tokens, parameters, 4))
-    assert torch.equal(operator.outer_block(tokens, *parameters.values(), 4, 8**-0.5, 1e-5, 1e-5, None), ours)
+    assert torch.equal(_ops.outer_block(tokens, *parameters.values(), 4, 8**-0.5, 1e-5, 1e-5, None), ours)
 
 
 @pytest.mark.parametrize(
@@ -625,9 +625,9 @@ def test_operators_without_the_native_module(precision: str, monkeypatch: pytest
     dtype, cast = PRECISIONS[precision]
     tokens, parameters = randn(2, 50, 64, dtype=dtype), inner_parameters(64, dtype=dtype)
     arguments = (tokens, *parameters.values(), 4, 0.25, 1e-5, 1e-5, cast)
-    with_native = operator.outer_block(*arguments)
+    with_native = _ops.outer_block(*arguments)
     monkeypatch.setattr(native, "load", lambda: None)
-    without = operator.outer_block(*arguments)
+    without = _ops.outer_block(*arguments)
     assert without.dtype == with_native.dtype
     torch.testing.assert_close(without, with_native, atol=0.1, rtol=0.1)
 
@@ -636,7 +636,7 @@ def test_operators_without_the_native_module(precision: str, monkeypatch: pytest
 def test_operators_pass_opcheck(precision: str) -> None:
     dtype, cast = PRECISIONS[precision]
     tokens, parameters = randn(2, 6, 32, dtype=dtype), inner_parameters(32, dtype=dtype)
-    torch.library.opcheck(operator.outer_block, (tokens, *parameters.values(), 4, 0.25, 1e-5, 1e-5, cast))
+    torch.library.opcheck(_ops.outer_block, (tokens, *parameters.values(), 4, 0.25, 1e-5, 1e-5, cast))
     p = parameters
     torch.library.opcheck(
         _ops.add_layer_norm, (tokens, tokens, p["norm1_weight"], p["norm1_bias"], 1e-5, cast)

@@ -1,8 +1,8 @@
 """Fast kernels for TNT, Transformer in Transformer (arXiv 2103.00112).
 
-:class:`FastTNT` is the model; :func:`accelerate` makes a TNT that you already have faster in place, :func:`restore`
-undoes it, :func:`explain` says which parts run where, and why. :mod:`tnt_kernels.ops` has the operators alone,
-:class:`TNT` is the reference in plain PyTorch.
+:class:`FastTNT` is the model; :func:`accelerate` makes a TNT that you already have faster in place,
+:func:`restore` undoes it, :func:`explain` says which parts run where, and why. :mod:`tnt_kernels.ops` has
+the operators alone, :class:`TNT` is the reference in plain PyTorch.
 """
 
 from tnt_kernels import ops

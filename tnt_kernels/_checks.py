@@ -8,6 +8,7 @@ names the argument, what was given and what is needed. All of them can be traced
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ STREAM = "sentences, words, channels"
 IMAGE = "images, channels, height, width"
 WORDS = "images * sentences, words, c"
 TOKENS = "images, sentences + 1, d"
+OUTER = "images, tokens, d"
 
 Parameter = tuple[str, Tensor | None, tuple[int, ...]]  # name, value, shape that it must have
 
@@ -101,24 +103,27 @@ def _check_parameter(
     raise error(op, name, f"of dtype {x.dtype} like the input (or run under torch.autocast)", value.dtype)
 
 
-def _check_stream(op: str, x: Tensor, compute_dtype: torch.dtype | None) -> tuple[int, int]:
-    check_tensor(op, "x", x, STREAM)
+def _check_stream(
+    op: str, x: Tensor, compute_dtype: torch.dtype | None, argument: str = "x", layout: str = STREAM
+) -> int:
+    """Returns the channels of a stream of words, or of the outer block's tokens."""
+    check_tensor(op, argument, x, layout)
     check_compute_dtype(op, x, compute_dtype)
-    m, c = x.shape[1], x.shape[2]
-    if m < 1 or c < 1:
-        raise error(op, "x", "of at least one word and one channel", f"shape {list(x.shape)}")
-    return m, c
+    if x.shape[1] < 1 or x.shape[2] < 1:
+        unit = layout.split(", ")[1].removesuffix("s")
+        raise error(op, argument, f"of at least one {unit} and one channel", f"shape {list(x.shape)}")
+    return x.shape[2]
 
 
-def _check_heads(op: str, c: int, num_heads: int) -> None:
+def _check_heads(op: str, c: int, num_heads: int, argument: str = "x") -> None:
     if not isinstance(num_heads, (int, torch.SymInt)) or num_heads < 1 or c % num_heads != 0:
-        raise error(op, "num_heads", f"a positive divisor of the {c} channels of x", num_heads)
+        raise error(op, "num_heads", f"a positive divisor of the {c} channels of {argument}", num_heads)
 
 
-def scale_of(op: str, x: Tensor, num_heads: int, scale: float | None) -> float:
+def scale_of(op: str, x: Tensor, num_heads: int, scale: float | None, argument: str = "x") -> float:
     """Returns the factor of the scores: the one given, else (c / num_heads) ** -0.5."""
     c = x.shape[-1]
-    _check_heads(op, c, num_heads)
+    _check_heads(op, c, num_heads, argument)
     if scale is None:
         return (max(c, 1) / num_heads) ** -0.5
     return scale
@@ -150,7 +155,7 @@ def check_inner_attention(
     compute_dtype: torch.dtype | None,
 ) -> None:
     op = "inner_attention"
-    _, c = _check_stream(op, x, compute_dtype)
+    c = _check_stream(op, x, compute_dtype)
     _check_heads(op, c, num_heads)
     check_parameters(
         op,
@@ -178,7 +183,7 @@ def check_inner_mlp(
     compute_dtype: torch.dtype | None,
 ) -> None:
     op = "inner_mlp"
-    _, c = _check_stream(op, x, compute_dtype)
+    c = _check_stream(op, x, compute_dtype)
     hidden = _hidden(op, fc1_weight, c)
     check_parameters(
         op,
@@ -194,7 +199,20 @@ def check_inner_mlp(
     )
 
 
-def check_inner_block(
+def check_inner_block(x: Tensor, *arguments: Any) -> None:
+    """Arguments: the operator's 14 parameters, num_heads and compute_dtype."""
+    _check_transformer("inner_block", "x", STREAM, x, *arguments)
+
+
+def check_outer_block(tokens: Tensor, *arguments: Any) -> None:
+    """Arguments: the operator's 14 parameters, num_heads and compute_dtype."""
+    _check_transformer("outer_block", "tokens", OUTER, tokens, *arguments)
+
+
+def _check_transformer(
+    op: str,
+    argument: str,
+    layout: str,
     x: Tensor,
     norm1_weight: Tensor,
     norm1_bias: Tensor,
@@ -213,9 +231,8 @@ def check_inner_block(
     num_heads: int,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    op = "inner_block"
-    _, c = _check_stream(op, x, compute_dtype)
-    _check_heads(op, c, num_heads)
+    c = _check_stream(op, x, compute_dtype, argument, layout)
+    _check_heads(op, c, num_heads, argument)
     hidden = _hidden(op, fc1_weight, c)
     check_parameters(
         op,
@@ -378,7 +395,7 @@ def check_add_layer_norm(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tens
             )  # fmt: skip
 
 
-def check_packed_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+def check_packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
     op = "packed_linear"
     if x.dim() < 1 or x.dtype not in DTYPES:
         raise error(op, "x", "a floating tensor of shape [..., inputs]", f"{x.dtype} {list(x.shape)}")

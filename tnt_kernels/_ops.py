@@ -82,6 +82,15 @@ word_to_sentence = _define(
     "Tensor? norm2_weight, Tensor? norm2_bias, float eps1, float eps2, ScalarType? compute_dtype) -> Tensor",
     reference.word_to_sentence_in,
 )
+outer_block = _define(
+    "outer_block",
+    "(Tensor tokens, Tensor norm1_weight, Tensor norm1_bias, Tensor qk_weight, Tensor? qk_bias, "
+    "Tensor v_weight, Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, "
+    "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+    "Tensor fc2_weight, Tensor? fc2_bias, int num_heads, float scale, float eps1, float eps2, "
+    "ScalarType? compute_dtype) -> Tensor",
+    reference.inner_block_in,
+)
 # (x + y, LayerNorm(x + y)). Without y the first result is an empty tensor of shape [0], because an
 # operator must not return one of its arguments.
 add_layer_norm = _define(
@@ -137,6 +146,13 @@ def _(x: Tensor, *args: Any) -> Tensor:
 @torch.library.register_fake("tnt_kernels::word_to_sentence", lib=lib)
 def _(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:
     _checks.check_word_to_sentence(words, tokens, *args[:-3], *args[-1:])
+    return tokens.new_empty(tokens.shape)
+
+
+@torch.library.register_fake("tnt_kernels::outer_block", lib=lib)
+def _(tokens: Tensor, *args: Any) -> Tensor:
+    *parameters, num_heads, _scale, _eps1, _eps2, compute_dtype = args
+    _checks.check_outer_block(tokens, *parameters, num_heads, compute_dtype)
     return tokens.new_empty(tokens.shape)
 
 

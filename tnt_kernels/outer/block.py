@@ -9,7 +9,6 @@ from torch import Tensor
 from tnt_kernels import _checks, _ops, dispatch
 from tnt_kernels.backends import reference
 from tnt_kernels.ops._autocast import compute_dtype_of
-from tnt_kernels.outer import operator
 
 __all__ = ["layer_norm", "linear", "outer_block"]
 
@@ -65,15 +64,13 @@ def outer_block(
         norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
         norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
-    _checks.check_tensor("outer_block", "tokens", tokens, operator.TOKENS)
+    _checks.check_tensor("outer_block", "tokens", tokens, _checks.OUTER)
     backend = dispatch.choose("outer_block", tokens, *parameters)
     compute_dtype = compute_dtype_of(tokens)
-    if scale is None:
-        operator.check_heads(tokens, num_heads)
-        scale = (tokens.shape[2] / num_heads) ** -0.5
+    scale = _checks.scale_of("outer_block", tokens, num_heads, scale, "tokens")
     if backend == "cpu":
-        return operator.outer_block(tokens, *parameters, num_heads, scale, eps1, eps2, compute_dtype)
-    operator.check_outer_block(tokens, *parameters, num_heads, compute_dtype)
+        return _ops.outer_block(tokens, *parameters, num_heads, scale, eps1, eps2, compute_dtype)
+    _checks.check_outer_block(tokens, *parameters, num_heads, compute_dtype)
     return reference.inner_block(tokens, *parameters, num_heads, scale, eps1, eps2).to(tokens.dtype)
 
 

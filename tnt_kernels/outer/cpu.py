@@ -11,7 +11,6 @@ from torch import Tensor
 from tnt_kernels import _checks, _ops, native
 from tnt_kernels.backends import reference
 from tnt_kernels.backends.cpu import CODES
-from tnt_kernels.outer.operator import check_outer_block
 from tnt_kernels.outer.packed import pack_linear
 
 __all__ = ["add_layer_norm", "outer_block", "packed_linear"]
@@ -115,7 +114,7 @@ def outer_block(
         norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
         norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
-    check_outer_block(tokens, *parameters, num_heads, compute_dtype)
+    _checks.check_outer_block(tokens, *parameters, num_heads, compute_dtype)
     module = native.load()
     if module is None or tokens.dtype == torch.float64:
         return reference.inner_block_in(tokens, *parameters, num_heads, scale, eps1, eps2, compute_dtype)
