@@ -377,6 +377,9 @@ def test_changes_after_accelerating():
         model.blocks[2].norm_mlp = nn.RMSNorm(96)
         model.blocks[2].attn_out.num_heads, model.blocks[2].attn_out.head_dim = 6, 16
         model.blocks[2].norm_out.eps = 1e-2
+        model.blocks[2].mlp_in.fc1 = nn.Linear(24, 40)
+        model.blocks[2].mlp_in.fc2 = nn.Linear(40, 24)
+        model.blocks[2].norm_out.bias = None
         model.norm = nn.RMSNorm(96)
         model.head = nn.Sequential(nn.Linear(96, 8), nn.ReLU())
         with torch.no_grad():

@@ -368,6 +368,14 @@ def test_backends():
         fast.double()(x.double())
 
 
+def test_meta_device():
+    with torch.device("meta"):
+        fast = FastTNT(**AUTHORS)
+        assert fast(torch.empty(2, 3, *IMAGE)).shape == (2, 7)
+        with torch.no_grad():
+            assert fast.eval()(torch.empty(2, 3, *IMAGE)).shape == (2, 7)
+
+
 def test_images():
     """Batch sizes, strides, wrong images."""
     reference, fast = pair()

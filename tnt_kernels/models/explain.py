@@ -133,7 +133,7 @@ def _verdict(why: str | None, part: Part, arguments: Callable[[], fused.Argument
         return AS_WRITTEN, "the reference backend is asked for"
     tensors = arguments().parameters
     dtypes = {str(tensor.dtype) for tensor in tensors if tensor is not None and tensor.dim() > 1}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(tensors[0].device.type):
+    if len(dtypes) > 1 and not fused.autocast(tensors[0]):
         return AS_WRITTEN, f"its weights are of several dtypes: {', '.join(sorted(dtypes))}"
     why = dispatch.can_run_cpu(part.op, *tensors)
     if why is None:
@@ -191,7 +191,7 @@ def _mode(model: nn.Module, planned: list[nn.Module]) -> dict[str, str]:
         "gradients": "recorded" if torch.is_grad_enabled() else "not recorded",
         "backend": dispatch.requested(),
     }
-    device = parameters[0].device.type if parameters else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(device):
-        mode["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+    if parameters and fused.autocast(parameters[0]):
+        dtype = torch.get_autocast_dtype(parameters[0].device.type)
+        mode["autocast"] = str(dtype).removeprefix("torch.")
     return mode

@@ -98,10 +98,15 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)  # not so the proxies of torch.fx
 
 
+def autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _one_dtype(arguments: Arguments, streams: tuple[Tensor, ...]) -> bool:
     """Whether the operation takes these dtypes. A user's forward may cast where the operation would raise."""
     x, tokens = streams[0], streams[-1]
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast(x):
         return True
     if tokens.dtype is not x.dtype and tokens.dtype is not torch.float32:
         return False
@@ -355,12 +360,8 @@ def class_token_block(
     def per_head(weight: Tensor) -> Tensor:  # [d, d] -> [heads, d / heads, d]
         return weight.float().unflatten(0, (num_heads, width))
 
-    device = tokens.device.type
-    with (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else contextlib.nullcontext()
-    ):
+    off = torch.autocast(tokens.device.type, enabled=False) if autocast(tokens) else contextlib.nullcontext()
+    with off:
         y = outer.layer_norm(tokens.float(), norm1_weight.float(), norm1_bias.float(), eps1)
         q = F.linear(y[:, 0], qk_weight[:d].float(), None if qk_bias is None else qk_bias[:d].float())
         q = q.unflatten(1, (num_heads, width)).transpose(0, 1)  # [heads, B, d / heads]

@@ -87,7 +87,7 @@ class Member(NamedTuple):
 
     path: Path
     kind: type[nn.Module] | None  # None: no module there (norm2_proj of timm's legacy network)
-    weighted: bool = False
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()  # of the parameters that the operation takes
     settings: Settings = ()
 
 
@@ -205,11 +205,16 @@ def _members(module: nn.Module, names: tuple[str, ...]) -> tuple[Member, ...]:
             members.append(Member((name,), None))
             continue
         for path, child in root.named_modules():
-            weighted = isinstance(child, (nn.Linear, nn.LayerNorm, nn.Conv2d))
+            needed = ("weight", "bias") if isinstance(child, nn.LayerNorm) else ("weight",)
+            shapes = tuple(
+                (parameter, tuple(child._parameters[parameter].shape))
+                for parameter in needed
+                if child._parameters.get(parameter) is not None
+            )
             # PyTorch's own modules have no switches that would matter here.
             own = type(child).__module__.startswith("torch.nn.")
             settings = () if own else settings_of(child)
-            members.append(Member((name, *_path(path)), type(child), weighted, settings))
+            members.append(Member((name, *_path(path)), type(child), shapes, settings))
     return tuple(members)
 
 
@@ -420,7 +425,7 @@ def reset(module: nn.Module, settings: Settings) -> str | None:
 
 def changed(root: nn.Module, members: tuple[Member, ...]) -> str | None:
     """What of these modules is no longer as it was planned, or None."""
-    for path, kind, weighted, settings in members:
+    for path, kind, shapes, settings in members:
         module: Any = root
         for name in path:
             module = None if module is None else module._modules.get(name)
@@ -431,8 +436,11 @@ def changed(root: nn.Module, members: tuple[Member, ...]) -> str | None:
         why = watched(module)
         if why is not None:
             return f"{'.'.join(path)} {why}"
-        if weighted and "weight" not in module._parameters:
-            return f"the weight of {'.'.join(path)} is no parameter of it"
+        for name, shape in shapes:
+            parameter = module._parameters.get(name)
+            if parameter is None or parameter.shape != shape:
+                given = "no parameter" if parameter is None else f"of shape {list(parameter.shape)}"
+                return f"{'.'.join((*path, name))} is {given} and was of shape {list(shape)}"
         if settings:
             why = reset(module, settings)
             if why is not None:
