@@ -15,7 +15,7 @@ from oracle import assert_as_accurate
 from torch import nn
 from user_models import huawei_style
 
-from tnt_kernels import TNT, FastTNT, accelerate, restore, use_backend
+from tnt_kernels import TNT, FastTNT, accelerate, native, restore, use_backend
 from tnt_kernels._timm import import_timm
 from tnt_kernels.models import fused, proof
 from tnt_kernels.models.explain import explain
@@ -574,6 +574,25 @@ def test_blocks_of_another_kind(block):
     assert all(LIARS[block] in why for why in whys), whys
 
 
+def test_one_block_of_another_kind():
+    """Blocks alike in all but a private attribute are proved one by one."""
+
+    class Flagged(huawei_style.Block):
+        _flag = False
+
+        def forward(self, x, z):
+            x, z = super().forward(x, z)
+            return x, z * 2 if self._flag else z
+
+    model = make("authors", block_class=Flagged)
+    for index, block in enumerate(model.blocks):
+        block._flag = index == 1
+    with torch.no_grad():
+        expected = model(images())
+        assert_near(accelerate(model)(images()), expected)
+    assert {name for name in fused_modules(model) if "blocks" in name} == {"blocks.0", "blocks.2"}
+
+
 def test_only_training_differs():
     class Noisy(huawei_style.Block):
         def forward(self, x, z):
@@ -693,6 +712,21 @@ def test_test_run_is_cheap_and_alone(monkeypatch):
         child.register_forward_pre_hook(lambda *args: pytest.fail("a hook of the user's was called"))
     accelerate(model)
     assert len(runs) == 1
+
+
+def test_without_the_native_module(monkeypatch):
+    model = make("timm")
+    with torch.no_grad():
+        expected = model(images())
+        accelerate(model)
+        monkeypatch.setattr(native, "_module", None)
+        monkeypatch.setattr(native, "_reason", "the native module is not built")
+        monkeypatch.setattr(native, "_warned", False)
+        with pytest.warns(RuntimeWarning, match="not built"):
+            assert torch.equal(model(images()), expected)
+        assert {part.why for part in explain(model).parts} == {"the native module is not built"}
+        with use_backend("cpu"), pytest.raises(RuntimeError, match="not built"):
+            model(images())
 
 
 def test_errors():

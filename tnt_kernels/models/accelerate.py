@@ -20,6 +20,7 @@ from tnt_kernels.models.fast_tnt import FastBlock, FastTNT
 from tnt_kernels.models.plan import (
     AUTHORS_BLOCK,
     AUTHORS_MODEL,
+    INTERNAL,
     ORIGINAL,
     TIMM_BLOCK,
     TIMM_MODEL,
@@ -159,7 +160,7 @@ def _configuration(module: nn.Module, plan: Plan) -> tuple[Any, ...]:
     for path, child in module.named_modules():
         found.append((path, type(child)))
         for name, value in child.__dict__.items():
-            if name.startswith("_") or name == "training" or (path, name) in rates:
+            if name in INTERNAL or (path, name) in rates:
                 continue
             found.append((name, type(value), value if is_plain(value) else id(value)))
         found.extend((name, value.shape) for name, value in child._parameters.items() if value is not None)

@@ -24,8 +24,11 @@ Settings = tuple[
 
 ORIGINAL = "_tnt_original"  # where the class of an accelerated module keeps the module's own class
 
-# Settings that the fused operations read in every call.
+# Settings that the fused operations read in every call, and the width of a head that may be replaced.
 _LIVE = ("num_heads", "scale", "num_classes")
+
+# What every module has: its parameters, children, hooks and mode.
+INTERNAL = frozenset(nn.Module().__dict__)
 
 
 class HalfNames(NamedTuple):
@@ -223,7 +226,7 @@ def settings_of(module: nn.Module) -> Settings:
     return tuple(
         (name, value)
         for name, value in module.__dict__.items()
-        if is_plain(value) and not name.startswith("_") and name not in ("training", *_LIVE, *rates)
+        if is_plain(value) and name not in INTERNAL and name not in (*_LIVE, *rates)
     )
 
 
