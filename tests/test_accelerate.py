@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import golden_cases
 import pytest
@@ -736,6 +737,13 @@ def test_errors():
         accelerate(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="got int"):
         restore(3)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        script = torch.jit.trace(make("timm"), images())
+    with pytest.raises(ValueError, match="nothing to accelerate"):
+        accelerate(script)
+    with pytest.raises(ValueError, match="must be a TNT"):
+        FastTNT.from_reference(script)
     model = make("authors", norm_layer=nn.RMSNorm)
     with pytest.warns(UserWarning, match=r"blocks\.0, blocks\.1, blocks\.2: inner_norm1 is a RMSNorm"):
         accelerate(model)

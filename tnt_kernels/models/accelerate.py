@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from tnt_kernels.models import fused
@@ -124,6 +125,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Plan]]:
     proved: dict[Any, Plan] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):  # runs what was compiled, whatever its class
+            continue
         plan: Plan | None = getattr(module, fused.PLAN, None)
         if plan is not None:
             yield name, module, plan

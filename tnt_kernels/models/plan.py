@@ -366,6 +366,8 @@ def _no_word_convolution(proj: nn.Conv2d) -> str | None:
 
 def plan_model(model: nn.Module) -> ModelPlan | None:
     """The plan of a whole TNT, or None for a module that has not the children and parameters of one."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return None
     for names in (AUTHORS_MODEL, TIMM_MODEL):
         children = (names.pixel_embed, *names.projection, names.blocks, names.norm, names.head)
         parameters = (names.inner_pos, names.outer_pos, names.cls_token)
