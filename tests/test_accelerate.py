@@ -372,6 +372,7 @@ def test_changes_after_accelerating():
         torch.manual_seed(0)
         model.blocks[0].attn_in.proj = Adapted(model.blocks[0].attn_in.proj)
         nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc2)
+        model.blocks[0].mlp_in.act.approximate = "tanh"
         model.blocks[1].mlp.act = nn.SiLU()
         model.blocks[1].norm1_proj = nn.Identity()
         model.blocks[1].attn_in.scale = 0.7

@@ -214,8 +214,8 @@ def _members(module: nn.Module, names: tuple[str, ...]) -> tuple[Member, ...]:
                 for parameter in needed
                 if child._parameters.get(parameter) is not None
             )
-            # PyTorch's own modules have no switches that would matter here.
-            own = type(child).__module__.startswith("torch.nn.")
+            # Of PyTorch's own modules here, only GELU has a switch that no operation reads.
+            own = type(child).__module__.startswith("torch.nn.") and not isinstance(child, nn.GELU)
             settings = () if own else settings_of(child)
             members.append(Member((name, *_path(path)), type(child), shapes, settings))
     return tuple(members)
