@@ -16,6 +16,7 @@ from model_cases import AUTHORS, IMAGE, TIMM, Adapted, assert_near, images, make
 from oracle import assert_as_accurate
 from torch import nn
 
+import tnt_kernels
 from tnt_kernels import TNT, FastTNT, tnt_s_patch16_224, use_backend
 from tnt_kernels._timm import import_timm
 from tnt_kernels.models import fused
@@ -565,3 +566,24 @@ def test_no_warnings():
         fast(images())
     assert err.getvalue() == ""
     assert fast.patch_embed.img_size == IMAGE
+
+
+@pytest.mark.parametrize("size", ["ti", "s", "b"])
+def test_sizes_have_the_reference_state_dict(size):
+    with torch.device("meta"):
+        reference = getattr(tnt_kernels, f"tnt_{size}_patch16_224")(depth=1, num_classes=3)
+        fast = getattr(tnt_kernels, f"fast_tnt_{size}_patch16_224")(depth=1, num_classes=3)
+    assert type(fast) is FastTNT
+    shapes = {name: value.shape for name, value in fast.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in reference.state_dict().items()}
+
+
+def test_from_checkpoint_makes_a_fast_model(tmp_path):
+    reference, _ = pair()
+    torch.save({"state_dict": reference.state_dict()}, tmp_path / "tnt.pth.tar")
+    heads = {name: AUTHORS[name] for name in ("inner_num_heads", "outer_num_heads")}
+    fast = tnt_kernels.from_checkpoint(tmp_path / "tnt.pth.tar", FastTNT, img_size=IMAGE, **heads).eval()
+    assert type(fast) is FastTNT
+    x = images(2)
+    with torch.no_grad():
+        assert_near(fast(x), reference(x))

@@ -178,7 +178,11 @@ TNT_INLINE vf load_io(const uint16_t* p) {
 }
 TNT_INLINE void store_io(float* p, vf v) { store(p, v); }
 TNT_INLINE void store_io(uint16_t* p, vf v) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<vh_any*>(p) = (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
   *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(bf16_bits(v), vh);
+#endif
 }
 TNT_INLINE float load_scalar(const float* p) { return *p; }
 TNT_INLINE float load_scalar(const uint16_t* p) { return bf16_to_float(*p); }

@@ -14,22 +14,28 @@ template <class G, class Words, class Tokens>
 struct WordToSentence {
   typedef typename G::Element Element;
   static constexpr int kGroupsAtATime = 1;
-  static constexpr int64_t kBlock = 2 * L;  // sentences per group
 
   const WordToSentenceArgs& args;
   const int64_t inputs, d, sentences;
+  // Sentences per group. Every group reads all weights, which for wide models come from the third cache
+  // level, so groups are large where there are enough of them for every thread.
+  const int64_t block;
 
   Affine norm1, norm2;
   Packed<G> weight;
 
   struct Scratch {
-    float* x;    // [inputs, kBlock]
-    float* y;    // [d, kBlock]
-    Element* a;  // [inputs, kBlock]
+    float* x;    // [inputs, block]
+    float* y;    // [d, block]
+    Element* a;  // [inputs, block]
   };
 
   explicit WordToSentence(const WordToSentenceArgs& a)
-      : args(a), inputs(a.in_features), d(a.d), sentences(a.batch * a.n) {}
+      : args(a),
+        inputs(a.in_features),
+        d(a.d),
+        sentences(a.batch * a.n),
+        block(sentences >= 32 * L * a.threads ? 4 * L : 2 * L) {}
 
   void plan(Arena& arena) {
     norm1.plan(arena, args.norm1_size);
@@ -37,9 +43,9 @@ struct WordToSentence {
     weight.plan(arena, d, inputs);
   }
   void plan(Arena& arena, Scratch& s) const {
-    s.x = arena.take<float>(inputs * kBlock);
-    s.y = arena.take<float>(output_rows(d) * kBlock);
-    s.a = arena.take<Element>(G::operand_rows(inputs) * kBlock);
+    s.x = arena.take<float>(inputs * block);
+    s.y = arena.take<float>(output_rows(d) * block);
+    s.a = arena.take<Element>(G::operand_rows(inputs) * block);
   }
 
   int64_t jobs() const { return weight.panels(); }
@@ -54,20 +60,20 @@ struct WordToSentence {
   }
 
   void run(int64_t group, const Scratch& s) const {
-    const int64_t first = group * kBlock, count = least(kBlock, sentences - first);
+    const int64_t first = group * block, count = least(block, sentences - first);
     const Words* words = static_cast<const Words*>(args.words) + first * inputs;
-    for (int64_t at = 0; at < kBlock; at += L) {
+    for (int64_t at = 0; at < block; at += L) {
       const int here = static_cast<int>(most(0, least(L, count - at)));
-      load_words(words + at * inputs, inputs, here, inputs, s.x + at, kBlock);
+      load_words(words + at * inputs, inputs, here, inputs, s.x + at, block);
       normalise_words(s, at);
     }
-    G::pad(s.a, kBlock, inputs);
-    G::run(weight, s.a, kBlock, s.y);
+    G::pad(s.a, block, inputs);
+    G::run(weight, s.a, block, s.y);
     if (args.norm2_weight.ptr != nullptr)
-      for (int64_t at = 0; at < kBlock; at += L)
-        layer_norm(s.y + at, kBlock, d, norm2, args.eps2, [&](int64_t k, vf even, vf odd) TNT_LAMBDA {
-          store(s.y + k * kBlock + at, even);
-          if (k + 1 < d) store(s.y + (k + 1) * kBlock + at, odd);
+      for (int64_t at = 0; at < block; at += L)
+        layer_norm(s.y + at, block, d, norm2, args.eps2, [&](int64_t k, vf even, vf odd) TNT_LAMBDA {
+          store(s.y + k * block + at, even);
+          if (k + 1 < d) store(s.y + (k + 1) * block + at, odd);
         });
     add_to_tokens(s, first, count);
   }
@@ -78,21 +84,21 @@ struct WordToSentence {
     const int64_t size = args.norm1_size;
     if (size == inputs || size % 2 == 0) {
       for (int64_t from = 0; from < inputs; from += size)
-        layer_norm(s.x + from * kBlock + at, kBlock, size, norm1, args.eps1,
+        layer_norm(s.x + from * block + at, block, size, norm1, args.eps1,
                    [&](int64_t k, vf even, vf odd)
-                       TNT_LAMBDA { G::put(s.a + at, kBlock, from + k, even, odd); });
+                       TNT_LAMBDA { G::put(s.a + at, block, from + k, even, odd); });
       return;
     }
     for (int64_t from = 0; from < inputs; from += size) {
-      float* x = s.x + from * kBlock + at;
-      layer_norm(x, kBlock, size, norm1, args.eps1, [&](int64_t k, vf even, vf odd) TNT_LAMBDA {
-        store(x + k * kBlock, even);
-        if (k + 1 < size) store(x + (k + 1) * kBlock, odd);
+      float* x = s.x + from * block + at;
+      layer_norm(x, block, size, norm1, args.eps1, [&](int64_t k, vf even, vf odd) TNT_LAMBDA {
+        store(x + k * block, even);
+        if (k + 1 < size) store(x + (k + 1) * block, odd);
       });
     }
     for (int64_t k = 0; k < inputs; k += 2)
-      G::put(s.a + at, kBlock, k, load(s.x + k * kBlock + at),
-             k + 1 < inputs ? load(s.x + (k + 1) * kBlock + at) : splat(0.0f));
+      G::put(s.a + at, block, k, load(s.x + k * block + at),
+             k + 1 < inputs ? load(s.x + (k + 1) * block + at) : splat(0.0f));
   }
 
   // Runs of sentences that share lanes and an image; the class token of an image goes with its first one.
@@ -109,17 +115,16 @@ struct WordToSentence {
     }
   }
 
-  // `here` sentences from lane 0 of y on (y may start inside a vector; kBlock lanes lie behind one another).
+  // `here` sentences from lane 0 of y on (y may start inside a vector; block lanes lie behind one another).
   TNT_INLINE void store_lanes(Tokens* to, int here, const float* y, const Tokens* add) const {
-    store_words<Tokens, Tokens>(to, d, here, d, y, kBlock, add, d);
+    store_words<Tokens, Tokens>(to, d, here, d, y, block, add, d);
   }
 };
 
 template <class G, class Words, class Tokens>
 bool run_word_to_sentence(const WordToSentenceArgs& args) {
-  typedef WordToSentence<G, Words, Tokens> Op;
-  Op op(args);
-  return parallel_groups<G>(op, (op.sentences + Op::kBlock - 1) / Op::kBlock, args.threads);
+  WordToSentence<G, Words, Tokens> op(args);
+  return parallel_groups<G>(op, (op.sentences + op.block - 1) / op.block, args.threads);
 }
 
 template <class G>

@@ -20,7 +20,7 @@ from tnt_kernels.models.plan import (
     plan_model,
 )
 from tnt_kernels.models.proof import prove_block, prove_model, prove_squeeze
-from tnt_kernels.models.tnt import TNT, Block, DropPath
+from tnt_kernels.models.tnt import TNT, VARIANTS, Block, DropPath
 
 
 class FastBlock(Block):
@@ -194,3 +194,18 @@ def _take_settings(fast: FastTNT, model: nn.Module, plan: ModelPlan, blocks: lis
 
 def _halves(names: BlockNames) -> tuple[tuple[str, ...], ...]:
     return names.inner, names.projection, names.outer
+
+
+def fast_tnt_ti_patch16_224(**kwargs: Any) -> FastTNT:
+    """FastTNT in the size of TNT-Ti. `kwargs` are those of `TNT` and override the size's own."""
+    return FastTNT(**{**VARIANTS["tnt_ti_patch16_224"], **kwargs})
+
+
+def fast_tnt_s_patch16_224(**kwargs: Any) -> FastTNT:
+    """FastTNT in the size of TNT-S. `kwargs` are those of `TNT` and override the size's own."""
+    return FastTNT(**{**VARIANTS["tnt_s_patch16_224"], **kwargs})
+
+
+def fast_tnt_b_patch16_224(**kwargs: Any) -> FastTNT:
+    """FastTNT in the size of TNT-B. `kwargs` are those of `TNT` and override the size's own."""
+    return FastTNT(**{**VARIANTS["tnt_b_patch16_224"], **kwargs})
