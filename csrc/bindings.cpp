@@ -209,14 +209,6 @@ void outer_attention(uintptr_t qkv, uintptr_t out, int io_dtype, int compute_dty
   call(tnt::active_tier().kernels->outer_attention, args);
 }
 
-void gelu(uintptr_t x, int dtype, int64_t count, int threads) {
-  need(count >= 0 && threads >= 1, "gelu: count >= 0 and threads >= 1 needed");
-  if (count == 0) return;
-  need(x != 0, "gelu: x must not be null");
-  const tnt::GeluArgs args = {writable(x), dtype_of(dtype), count, threads};
-  call(tnt::active_tier().kernels->gelu, args);
-}
-
 // 64 words spread evenly over a buffer, mixed: tells cheaply whether its contents have changed.
 uint64_t sample(uintptr_t p, uint64_t nbytes) {
   constexpr uint64_t kSamples = 64;
@@ -277,7 +269,6 @@ PYBIND11_MODULE(_native, module) {
              py::arg("batch"), py::arg("n"), py::arg("m"), py::arg("c"), py::arg("d"), py::arg("norm1_size"),
              py::arg("weights"), py::arg("weight_dtypes"), py::arg("eps1"), py::arg("eps2"),
              py::arg("compute_dtype"), py::arg("threads"));
-  module.def("gelu", &gelu, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("threads"));
   module.def("outer_attention", &outer_attention, py::arg("qkv"), py::arg("out"), py::arg("io_dtype"),
              py::arg("compute_dtype"), py::arg("batch"), py::arg("n"), py::arg("heads"), py::arg("head_dim"),
              py::arg("scale"), py::arg("threads"));

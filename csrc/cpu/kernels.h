@@ -95,14 +95,6 @@ struct OuterAttentionArgs {
   int threads;
 };
 
-// x = GELU(x), the exact one.
-struct GeluArgs {
-  void* x;  // [count]
-  DType dtype;
-  int64_t count;
-  int threads;
-};
-
 // A kernel returns false when its scratch memory could not be had; nothing has been written then.
 struct Kernels {
   bool (*inner_block)(const InnerBlockArgs&);
@@ -110,7 +102,6 @@ struct Kernels {
   bool (*word_to_sentence)(const WordToSentenceArgs&);
   bool (*add_layer_norm)(const AddLayerNormArgs&);
   bool (*outer_attention)(const OuterAttentionArgs&);
-  bool (*gelu)(const GeluArgs&);
 };
 
 }  // namespace tnt

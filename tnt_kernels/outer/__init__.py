@@ -1,7 +1,7 @@
 """The outer half of a TNT block, an ordinary vision transformer block, on the CPU.
 
-One product for q, k and v, attention on its result as it lies, linears with prepacked weights, the exact GELU
-in place, residual and LayerNorm in one pass. Whatever needs a gradient, or the CPU backend
+One product for q, k and v, attention on its result as it lies, linears with prepacked weights and the exact
+GELU in their epilogue, residual and LayerNorm in one pass. Whatever needs a gradient, or the CPU backend
 cannot run, takes the reference path.
 """
 
