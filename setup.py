@@ -1,7 +1,7 @@
 """Builds csrc/ into one native module, tnt_kernels/_native, that knows nothing of torch.
 
-csrc/cpu/kernels.cpp is compiled once per SIMD tier, each time with its own -m flags. bindings.cpp and
-dispatch.cpp get no -m flag: they run before the processor's features are known.
+csrc/cpu/kernels.cpp and gradients.cpp are compiled once per SIMD tier, each time with its own -m flags.
+bindings.cpp and dispatch.cpp get no -m flag: they run before the processor's features are known.
 docs/environment.md lists the variables that are read here.
 """
 
@@ -183,7 +183,8 @@ def ninja_file(compiler: list[str], output: Path) -> str:
     }
     for tier in tiers:
         defines = [f"-DTNT_TIER={tier.name}", f"-DTNT_TIER_{tier.name.upper()}=1"]
-        units[f"kernels_{tier.name}.o"] = ("csrc/cpu/kernels.cpp", [*defines, *tier.flags])
+        for source in ("kernels", "gradients"):
+            units[f"{source}_{tier.name}.o"] = (f"csrc/cpu/{source}.cpp", [*defines, *tier.flags])
 
     command = ninja_command(compiler)
     lines = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from tnt_kernels import native
+from tnt_kernels.models import fused
 
 # Kernels are fast but the first call of a size is not; timing is the benchmarks' business.
 settings.register_profile(
@@ -70,6 +72,27 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     module.set_tier(request.param)
     yield request.param
     module.set_tier("auto")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a model called each fused operation."""
+    calls: dict[str, int] = {}
+
+    def count(owner: Any, name: str) -> None:
+        own = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for name in ("pixel_embed", "inner_block", "word_to_sentence"):
+        count(fused.ops, name)
+    count(fused.outer, "outer_block")
+    count(fused, "class_token_block")
+    return calls
 
 
 @pytest.fixture

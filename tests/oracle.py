@@ -28,6 +28,12 @@ PRECISIONS = {
     "autocast_float16": (torch.float32, torch.float16),
 }
 
+# Arguments behind compute_dtype in an operator's schema, and their defaults.
+NOISE = {
+    **dict.fromkeys(("drop_path", "drop_path1", "drop_path2", "seed")),
+    **dict.fromkeys(("attn_drop", "proj_drop", "hidden_drop", "out_drop"), 0.0),
+}
+
 ERROR_RATIO = 1.5
 ERROR_FLOOR = 1e-6  # of the largest magnitude in the exact result
 
@@ -182,14 +188,17 @@ def reference_arguments(op: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if op != "inner_mlp" and values.get("scale") is None:
             values["scale"] = (values["x"].shape[-1] / values["num_heads"]) ** -0.5
     names = list(inspect.signature(getattr(reference, op)).parameters)
-    return {name: values[name] for name in names}
+    return {name: values[name] for name in names if name in values}
 
 
 def operator_arguments(
     op: str, given: Mapping[str, Any], compute_dtype: torch.dtype | None = None
 ) -> tuple[Any, ...]:
     """Turns keyword arguments of a public function into the arguments of torch.ops.tnt_kernels.<op>."""
-    return (*reference_arguments(op, given).values(), compute_dtype)
+    values = reference_arguments(op, given)
+    names = [name for name in NOISE if name in inspect.signature(getattr(reference, op)).parameters]
+    noise = [values.pop(name, NOISE[name]) for name in names]
+    return (*values.values(), compute_dtype, *noise)
 
 
 def operator(op: str) -> Any:
@@ -197,7 +206,10 @@ def operator(op: str) -> Any:
 
 
 def in_dtype(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in given.items()}
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in given.items()
+    }
 
 
 def eager_and_exact(

@@ -150,7 +150,8 @@ def native_call(**changes: Any) -> tuple[Any, ...]:
     }  # fmt: skip
     parameters = list(inner_parameters(6).values())
     pointers, codes, _ = cpu._parameters(parameters)
-    values |= {"pointers": pointers, "codes": codes, "threads": 1, **changes}
+    values |= {"pointers": pointers, "codes": codes}
+    values |= {"drop_path1": 0, "drop_path2": 0, "seed": 0, "drops": [0.0] * 4, "threads": 1, **changes}
     native_call.kept = (x, out, parameters)  # type: ignore[attr-defined]
     return tuple(values.values())
 
@@ -161,6 +162,7 @@ def native_call(**changes: Any) -> tuple[Any, ...]:
         {"x": 0}, {"out": 0}, {"io": 2}, {"compute": -1}, {"s": -1}, {"m": 0}, {"c": 0}, {"hidden": 0},
         {"heads": 0}, {"heads": 4}, {"parts": 0}, {"parts": 4}, {"threads": 0}, {"pointers": []},
         {"codes": [0] * 13}, {"codes": [7] * 14}, {"pointers": [0] * 14},
+        {"drops": [0.0] * 3}, {"drops": [0.0, -0.1, 0.0, 0.0]}, {"drops": [0.0, 0.0, 1.1, 0.0]},
     ],
     ids=str,
 )  # fmt: skip

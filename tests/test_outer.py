@@ -209,19 +209,6 @@ def test_the_same_bits_on_any_number_of_threads(cast: torch.dtype | None) -> Non
         assert torch.equal(run(tokens, parameters, 4, cast), expected)
 
 
-def test_gradients_take_the_reference_path() -> None:
-    tokens, parameters = randn(2, 10, 32).requires_grad_(), inner_parameters(32)
-    leaves = [value.requires_grad_() for value in parameters.values() if value is not None]
-    ours = torch.autograd.grad(outer.outer_block(tokens, **parameters, num_heads=4).sum(), [tokens, *leaves])
-    scale = 8**-0.5
-    y = reference.inner_block(tokens, *parameters.values(), 4, scale, 1e-5, 1e-5)
-    torch.testing.assert_close(ours, torch.autograd.grad(y.sum(), [tokens, *leaves]))
-    direct = _ops.outer_block(tokens, *parameters.values(), 4, scale, 1e-5, 1e-5, None)
-    torch.testing.assert_close(torch.autograd.grad(direct.sum(), [tokens, *leaves]), ours)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match="gradient"):
-        outer.outer_block(tokens, **parameters, num_heads=4)
-
-
 def test_float64_takes_the_reference_path() -> None:
     tokens, parameters = randn(2, 10, 32, dtype=torch.float64), inner_parameters(32, dtype=torch.float64)
     ours = outer.outer_block(tokens, **parameters, num_heads=4)

@@ -20,13 +20,8 @@ from oracle import (
     operator,
     operator_arguments,
     randn,
-    reference_arguments,
     run,
 )
-
-from tnt_kernels import ops
-from tnt_kernels.backends import reference
-from tnt_kernels.dispatch import use_backend
 
 OP = "pixel_embed"
 
@@ -250,23 +245,6 @@ def test_same_bits_whatever_the_threads(tier: str) -> None:
     for threads in (2, 5):
         torch.set_num_threads(threads)
         assert torch.equal(first, run(OP, values))
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_gradients(legacy: bool) -> None:
-    values = {
-        n: v.requires_grad_() if isinstance(v, torch.Tensor) else v
-        for n, v in embed_arguments(legacy=legacy).items()
-    }
-    tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
-    expected = torch.autograd.grad(
-        reference.pixel_embed(**reference_arguments(OP, values)).square().sum(), tensors
-    )
-    for out in (ops.pixel_embed(**values), operator(OP)(*operator_arguments(OP, values))):
-        for a, b in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
-            torch.testing.assert_close(a, b)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match="gradient"):
-        ops.pixel_embed(**values)
 
 
 def test_gradients_under_compute_dtype() -> None:

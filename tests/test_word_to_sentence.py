@@ -18,14 +18,9 @@ from oracle import (
     operator,
     operator_arguments,
     randn,
-    reference_arguments,
     run,
     sentence_parameters,
 )
-
-from tnt_kernels import ops
-from tnt_kernels.backends import reference
-from tnt_kernels.dispatch import use_backend
 
 OP = "word_to_sentence"
 
@@ -201,22 +196,6 @@ def test_arguments_stay_as_they_are(tier: str) -> None:
     run(OP, values)
     for name, copy in copies.items():
         assert torch.equal(values[name], copy), name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind: str) -> None:
-    values = {
-        n: v.requires_grad_() if v is not None else None for n, v in sentence_arguments(**KINDS[kind]).items()
-    }
-    tensors = [v for v in values.values() if v is not None]
-    expected = torch.autograd.grad(
-        reference.word_to_sentence(**reference_arguments(OP, values)).square().sum(), tensors
-    )
-    for out in (ops.word_to_sentence(**values), operator(OP)(*operator_arguments(OP, values))):
-        for a, b in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
-            torch.testing.assert_close(a, b)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match="gradient"):
-        ops.word_to_sentence(**values)
 
 
 def test_gradients_under_compute_dtype() -> None:

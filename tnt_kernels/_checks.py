@@ -22,6 +22,11 @@ WORDS = "images * sentences, words, c"
 TOKENS = "images, sentences + 1, d"
 OUTER = "images, tokens, d"
 
+# Rates of dropout, in the order of the computation.
+ATTENTION_DROPS = ("attn_drop", "proj_drop")
+MLP_DROPS = ("hidden_drop", "out_drop")
+DROPS = ATTENTION_DROPS + MLP_DROPS
+
 Parameter = tuple[str, Tensor | None, tuple[int, ...]]  # name, value, shape that it must have
 
 
@@ -141,6 +146,42 @@ def _hidden(op: str, fc1_weight: Tensor | None, c: int) -> int:
     return fc1_weight.shape[0]
 
 
+def check_drop_path(op: str, x: Tensor, argument: str = "x", **factors: Tensor | None) -> None:
+    """Checks factors of the rows of x, one for each; the name of a factor is that of its argument."""
+    for name, value in factors.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor or None, got {type(value).__name__}")
+        if value.shape != x.shape[:1] or value.dtype != torch.float32 or value.device != x.device:
+            raise error(
+                op,
+                name,
+                f"float32 of shape {list(x.shape[:1])}, a factor for each row of {argument}, on {x.device}",
+                f"{value.dtype} of shape {list(value.shape)} on {value.device}",
+            )
+
+
+def check_dropout(op: str, x: Tensor, dropout: Sequence[Any], names: Sequence[str]) -> None:
+    """Checks a seed, which may be absent, and the rates behind it, which may be absent or 0 without one."""
+    if not dropout:
+        return
+    seed, *rates = dropout
+    if seed is None:
+        for name, rate in zip(names, rates, strict=False):
+            if rate != 0.0:
+                raise error(op, "seed", f"an int64 tensor of one element where {name} is not 0", seed)
+        return
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{op}: seed must be an int64 tensor of one element, got {type(seed).__name__}")
+    if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != x.device:
+        given = f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}"
+        raise error(op, "seed", f"int64 of shape [1] on {x.device}", given)
+    for name, rate in zip(names, rates, strict=False):
+        if not 0.0 <= rate <= 1.0:
+            raise error(op, name, "in [0, 1]", rate)
+
+
 def check_inner_attention(
     x: Tensor,
     norm_weight: Tensor,
@@ -257,6 +298,15 @@ def _check_transformer(
         ),
         compute_dtype,
     )
+
+
+def check_gradient(
+    op: str, grad: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Checks the gradient of an operator's result, given to the operator `op` of its backward."""
+    if list(grad.shape) != list(shape) or grad.dtype != dtype or grad.device != device:
+        given = f"{grad.dtype} of shape {list(grad.shape)} on {grad.device}"
+        raise error(op, "grad", f"{dtype} of shape {list(shape)} on {device}", given)
 
 
 def check_pixel_embed(

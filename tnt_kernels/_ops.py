@@ -16,21 +16,34 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tnt_kernels import _checks, dispatch
+from tnt_kernels._autograd import define_backward, define_train, record
 from tnt_kernels.backends import reference
 
 lib = torch.library.Library("tnt_kernels", "DEF")
 
 
-def _define(name: str, schema: str, composite: Callable[..., Any]) -> Any:
-    """Defines an operator that runs `composite`, in plain PyTorch, whenever autograd must record it."""
+def _define(name: str, schema: str, composite: Callable[..., Any], activations: Sequence[str] = ()) -> Any:
+    """Defines an operator; `composite` computes the same in plain PyTorch, differentiably.
+
+    Where autograd must record the operator and it is in dispatch.TRAINABLE, its gradients come from a second
+    operator, `<name>_backward`, and what it keeps for them beside its arguments, `activations`, from a third,
+    `<name>_train` (_autograd.py). Otherwise the composite runs in its place.
+    """
     lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.tnt_kernels, name).default
+    train = define_train(lib, op, activations) if activations else None
+    backward = define_backward(lib, op, composite, activations) if name in dispatch.TRAINABLE else None
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        recording = torch.is_grad_enabled() and dispatch.gradient_needed(*_tensors(args))
-        if recording or forward_ad._current_level >= 0:
-            dispatch.choose(name, needs_grad=True)  # refuses where the cpu backend is forced
-            return composite(*args)
+        forward_mode = forward_ad._current_level >= 0
+        if forward_mode or (torch.is_grad_enabled() and dispatch.gradient_needed(*_tensors(args))):
+            # Refuses where the cpu backend is forced and cannot do it. Where a `train` cannot run, the
+            # composite keeps its own activations.
+            inspected = () if train is None else _tensors(args)
+            backend = dispatch.choose(name, *inspected, needs_grad=True)
+            if backward is None or backend == "reference" or forward_mode:
+                return composite(*args)
+            return record(op, train, backward, composite, keyset, args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -48,6 +61,12 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
     return found
 
 
+def held_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype in which the CPU holds operands of matrix products: float16 is computed in float32."""
+    held = x.dtype if compute_dtype is None else compute_dtype
+    return torch.float32 if held == torch.float16 else held
+
+
 pixel_embed = _define(
     "pixel_embed",
     "(Tensor image, Tensor weight, Tensor? bias, Tensor? position, int patch_h, int patch_w, int stride, "
@@ -58,13 +77,15 @@ inner_attention = _define(
     "inner_attention",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qk_weight, Tensor? qk_bias, Tensor v_weight, "
     "Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, int num_heads, float scale, float eps, "
-    "ScalarType? compute_dtype) -> Tensor",
+    "ScalarType? compute_dtype, Tensor? drop_path=None, Tensor? seed=None, float attn_drop=0., "
+    "float proj_drop=0.) -> Tensor",
     reference.inner_attention_in,
 )
 inner_mlp = _define(
     "inner_mlp",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
-    "Tensor fc2_weight, Tensor? fc2_bias, float eps, ScalarType? compute_dtype) -> Tensor",
+    "Tensor fc2_weight, Tensor? fc2_bias, float eps, ScalarType? compute_dtype, "
+    "Tensor? drop_path=None, Tensor? seed=None, float hidden_drop=0., float out_drop=0.) -> Tensor",
     reference.inner_mlp_in,
 )
 inner_block = _define(
@@ -73,7 +94,8 @@ inner_block = _define(
     "Tensor v_weight, Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, "
     "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor? fc1_bias, "
     "Tensor fc2_weight, Tensor? fc2_bias, int num_heads, float scale, float eps1, float eps2, "
-    "ScalarType? compute_dtype) -> Tensor",
+    "ScalarType? compute_dtype, Tensor? drop_path1=None, Tensor? drop_path2=None, Tensor? seed=None, "
+    "float attn_drop=0., float proj_drop=0., float hidden_drop=0., float out_drop=0.) -> Tensor",
     reference.inner_block_in,
 )
 word_to_sentence = _define(
@@ -88,8 +110,11 @@ outer_block = _define(
     "Tensor v_weight, Tensor? v_bias, Tensor proj_weight, Tensor? proj_bias, "
     "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor? fc1_bias, "
     "Tensor fc2_weight, Tensor? fc2_bias, int num_heads, float scale, float eps1, float eps2, "
-    "ScalarType? compute_dtype) -> Tensor",
+    "ScalarType? compute_dtype, Tensor? drop_path1=None, Tensor? drop_path2=None) -> Tensor",
     reference.inner_block_in,
+    # q, k and v of every token [B, N, 3d]; what attention puts out [B, N, d]; tokens + attention's branch
+    # [B, N, d]; the hidden layer before its GELU [B, N, hidden]
+    activations=("qkv", "attended", "z", "h"),
 )
 # (x + y, LayerNorm(x + y)). Without y the first result is an empty tensor of shape [0], because an
 # operator must not return one of its arguments.
@@ -127,19 +152,32 @@ def _(
 
 @torch.library.register_fake("tnt_kernels::inner_attention", lib=lib)
 def _(x: Tensor, *args: Any) -> Tensor:
-    _checks.check_inner_attention(x, *args[:-3], *args[-1:])
+    _checks.check_inner_attention(x, *(*args[:9], args[11]))
+    _checks.check_drop_path("inner_attention", x, drop_path=args[12] if len(args) > 12 else None)
+    _checks.check_dropout("inner_attention", x, args[13:], _checks.ATTENTION_DROPS)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("tnt_kernels::inner_mlp", lib=lib)
 def _(x: Tensor, *args: Any) -> Tensor:
-    _checks.check_inner_mlp(x, *args[:-2], *args[-1:])
+    _checks.check_inner_mlp(x, *(*args[:6], args[7]))
+    _checks.check_drop_path("inner_mlp", x, drop_path=args[8] if len(args) > 8 else None)
+    _checks.check_dropout("inner_mlp", x, args[9:], _checks.MLP_DROPS)
     return x.new_empty(x.shape)
+
+
+def _check_block(
+    check: Callable[..., None], op: str, argument: str, x: Tensor, args: tuple[Any, ...]
+) -> None:
+    check(x, *args[:15], args[18])
+    names = ("drop_path1", "drop_path2")
+    _checks.check_drop_path(op, x, argument, **dict(zip(names, args[19:21], strict=False)))
+    _checks.check_dropout(op, x, args[21:], _checks.DROPS)
 
 
 @torch.library.register_fake("tnt_kernels::inner_block", lib=lib)
 def _(x: Tensor, *args: Any) -> Tensor:
-    _checks.check_inner_block(x, *args[:-4], *args[-1:])
+    _check_block(_checks.check_inner_block, "inner_block", "x", x, args)
     return x.new_empty(x.shape)
 
 
@@ -151,9 +189,23 @@ def _(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:
 
 @torch.library.register_fake("tnt_kernels::outer_block", lib=lib)
 def _(tokens: Tensor, *args: Any) -> Tensor:
-    *parameters, num_heads, _scale, _eps1, _eps2, compute_dtype = args
-    _checks.check_outer_block(tokens, *parameters, num_heads, compute_dtype)
+    _check_block(_checks.check_outer_block, "outer_block", "tokens", tokens, args)
     return tokens.new_empty(tokens.shape)
+
+
+@torch.library.register_fake("tnt_kernels::outer_block_train", lib=lib)
+def _(tokens: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    _check_block(_checks.check_outer_block, "outer_block_train", "tokens", tokens, args)
+    held = held_dtype(tokens, args[18])
+    z_dtype = torch.float32 if tokens.dtype == torch.float16 else tokens.dtype
+    batch, n, d = tokens.shape
+    return (
+        tokens.new_empty((batch, n, d)),
+        tokens.new_empty((batch, n, 3 * d), dtype=held),
+        tokens.new_empty((batch, n, d), dtype=held),
+        tokens.new_empty((batch, n, d), dtype=z_dtype),
+        tokens.new_empty((batch, n, args[10].shape[0]), dtype=held),
+    )
 
 
 @torch.library.register_fake("tnt_kernels::add_layer_norm", lib=lib)

@@ -28,7 +28,11 @@ CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # Fake and functional tensors stand for plain ones while a program is traced. Any other subclass
 # means something to its author that a kernel on raw memory would lose.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
-_NO_BACKWARD = "a gradient is needed, and the cpu backend has no backward pass (use torch.no_grad())"
+# Operators that have gradients of their own; the others are recorded through plain PyTorch.
+TRAINABLE = frozenset(
+    {"inner_attention", "inner_block", "inner_mlp", "outer_block", "pixel_embed", "word_to_sentence"}
+)
+_NO_BACKWARD = "a gradient is needed, and the cpu backend has no backward pass for it (use torch.no_grad())"
 
 _override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)
 # The same for traced code: Dynamo guards on a module's variables and not on context variables.
@@ -111,9 +115,10 @@ def gradient_needed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _reason_of_call(tensors: tuple[Tensor | None, ...], needs_grad: bool | None) -> str | None:
-    recording = torch.is_grad_enabled() if needs_grad is None else False
-    if needs_grad:
+def _reason_of_call(op: str, tensors: tuple[Tensor | None, ...], needs_grad: bool | None) -> str | None:
+    trainable = op in TRAINABLE
+    recording = torch.is_grad_enabled() if needs_grad is None and not trainable else False
+    if needs_grad and not trainable:
         return _NO_BACKWARD
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
@@ -137,11 +142,11 @@ def can_run_cpu(op: str, *tensors: Tensor | None, needs_grad: bool | None = None
     """Returns None when the native CPU backend can run the call, otherwise the reason why it cannot.
 
     Args:
-        op: name of the operation (every operation has the same conditions today).
+        op: name of the operation.
         tensors: every tensor argument of the call; None for an absent one.
         needs_grad: whether autograd must record the call; None finds out from the tensors.
     """
-    reason = _reason_of_call(tensors, needs_grad)
+    reason = _reason_of_call(op, tensors, needs_grad)
     if reason is None and native.load() is None:
         reason = native.why_missing()
     return reason
@@ -161,7 +166,7 @@ def choose(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> 
     wanted = requested()
     if wanted == "reference":
         return "reference"
-    reason = _reason_of_call(tensors, needs_grad)
+    reason = _reason_of_call(op, tensors, needs_grad)
     if reason is None:
         if native.load() is not None:
             return "cpu"

@@ -8,6 +8,43 @@ namespace tnt {
 namespace TNT_TIER {
 namespace {
 
+struct RowMoments {
+  float rest, rstd;
+};
+
+// Takes the mean off a row [d]: (row - rest) * rstd is then normalised.
+TNT_INLINE RowMoments centre(float* row, int64_t d, float eps) {
+  const int64_t whole = d / L * L;
+  // Four partial sums: a row is too short to hide the latency of one.
+  vf total[4] = {};
+  float tail = 0;
+  for (int64_t k = 0; k < whole; k += L) total[k / L % 4] += load(row + k);
+  for (int64_t k = whole; k < d; ++k) tail += row[k];
+  const float mean = (hsum((total[0] + total[1]) + (total[2] + total[3])) + tail) / static_cast<float>(d);
+
+  // The mean as it was rounded leaves a rest: summed along with the squares, and taken off at the end.
+  vf squares[4] = {}, rests[4] = {};
+  float tail_rest = 0;
+  tail = 0;
+  for (int64_t k = 0; k < whole; k += L) {
+    const vf v = load(row + k) - mean;
+    store(row + k, v);
+    squares[k / L % 4] += v * v;
+    rests[k / L % 4] += v;
+  }
+  for (int64_t k = whole; k < d; ++k) {
+    row[k] -= mean;
+    tail += row[k] * row[k];
+    tail_rest += row[k];
+  }
+  const float rest =
+      (hsum((rests[0] + rests[1]) + (rests[2] + rests[3])) + tail_rest) / static_cast<float>(d);
+  const float variance =
+      (hsum((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail) / static_cast<float>(d) -
+      rest * rest;
+  return {rest, 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
 template <class X, class Y, class Out>
 struct AddLayerNorm {
   static constexpr int kGroupsAtATime = 4;
@@ -47,50 +84,24 @@ struct AddLayerNorm {
     Out* out = static_cast<Out*>(args.out) + r * d;
     const int64_t whole = d / L * L;
 
-    // Four partial sums: a row is too short to hide the latency of one.
-    vf total[4] = {};
-    float tail = 0;
     for (int64_t k = 0; k < whole; k += L) {
       vf v = load_io(x + k);
       if (y != nullptr) v += load_io(y + k);
       if (sum_out != nullptr) store_io(sum_out + k, v);
       store(row + k, v);
-      total[k / L % 4] += v;
     }
     for (int64_t k = whole; k < d; ++k) {
       float v = load_scalar(x + k);
       if (y != nullptr) v += load_scalar(y + k);
       if (sum_out != nullptr) store_scalar(sum_out + k, v);
       row[k] = v;
-      tail += v;
     }
-    const float mean = (hsum((total[0] + total[1]) + (total[2] + total[3])) + tail) / static_cast<float>(d);
-
-    // The mean as it was rounded leaves a rest: summed along with the squares, and taken off at the end.
-    vf squares[4] = {}, rests[4] = {};
-    float tail_rest = 0;
-    tail = 0;
-    for (int64_t k = 0; k < whole; k += L) {
-      const vf v = load(row + k) - mean;
-      store(row + k, v);
-      squares[k / L % 4] += v * v;
-      rests[k / L % 4] += v;
-    }
-    for (int64_t k = whole; k < d; ++k) {
-      row[k] -= mean;
-      tail += row[k] * row[k];
-      tail_rest += row[k];
-    }
-    const float rest =
-        (hsum((rests[0] + rests[1]) + (rests[2] + rests[3])) + tail_rest) / static_cast<float>(d);
-    const float variance =
-        (hsum((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail) / static_cast<float>(d) -
-        rest * rest;
-    const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps);
+    const RowMoments found = centre(row, d, args.eps);
 
     for (int64_t k = 0; k < whole; k += L)
-      store_io(out + k, (load(row + k) - rest) * rstd * load(gain + k) + load(shift + k));
-    for (int64_t k = whole; k < d; ++k) store_scalar(out + k, (row[k] - rest) * rstd * gain[k] + shift[k]);
+      store_io(out + k, (load(row + k) - found.rest) * found.rstd * load(gain + k) + load(shift + k));
+    for (int64_t k = whole; k < d; ++k)
+      store_scalar(out + k, (row[k] - found.rest) * found.rstd * gain[k] + shift[k]);
   }
 };
 

@@ -14,9 +14,10 @@
 
 namespace tnt {
 
-#define TNT_DECLARE(tier)       \
-  namespace tier {              \
-  extern const Kernels kernels; \
+#define TNT_DECLARE(tier)                 \
+  namespace tier {                        \
+  extern const Kernels kernels;           \
+  extern const GradientKernels gradients; \
   }
 #if TNT_HAVE_AMX
 TNT_DECLARE(amx)
@@ -88,27 +89,31 @@ std::vector<Tier> make_tiers() {
   const Features f = detect();
   (void)f;
   std::vector<Tier> list;
-  const auto add = [&](const char* name, const Kernels& kernels, bool usable, const char* why_not) {
-    list.push_back({name, &kernels, usable ? "" : why_not});
+  const auto add = [&](const char* name, const Kernels& kernels, const GradientKernels& gradients,
+                       bool usable, const char* why_not) {
+    list.push_back({name, &kernels, &gradients, usable ? "" : why_not});
   };
 #if TNT_HAVE_AMX
-  add("amx", amx::kernels, f.amx_granted,
+  add("amx", amx::kernels, amx::gradients, f.amx_granted,
       f.amx ? "the operating system refuses AMX tile data to this process"
             : "this processor or operating system has no AMX-BF16");
 #endif
 #if TNT_HAVE_AVX512_BF16
-  add("avx512_bf16", avx512_bf16::kernels, f.avx512_bf16, "this processor has no AVX512-BF16");
+  add("avx512_bf16", avx512_bf16::kernels, avx512_bf16::gradients, f.avx512_bf16,
+      "this processor has no AVX512-BF16");
 #endif
 #if TNT_HAVE_AVX512
-  add("avx512", avx512::kernels, f.avx512, "this processor has no AVX-512 (F, BW, DQ, VL)");
+  add("avx512", avx512::kernels, avx512::gradients, f.avx512,
+      "this processor has no AVX-512 (F, BW, DQ, VL)");
 #endif
 #if TNT_HAVE_AVX2
-  add("avx2", avx2::kernels, f.avx2, "this processor has no AVX2 with FMA and F16C");
+  add("avx2", avx2::kernels, avx2::gradients, f.avx2, "this processor has no AVX2 with FMA and F16C");
 #endif
-  add("portable", portable::kernels, true, "");
+  add("portable", portable::kernels, portable::gradients, true, "");
 #if TNT_HAVE_AMX_EMULATED
   // For tests only, so never first.
-  add("amx_emulated", amx_emulated::kernels, f.avx512_bf16, "this processor has no AVX512-BF16");
+  add("amx_emulated", amx_emulated::kernels, amx_emulated::gradients, f.avx512_bf16,
+      "this processor has no AVX512-BF16");
 #endif
   return list;
 }

@@ -11,6 +11,7 @@ namespace tnt {
 struct Tier {
   const char* name;
   const Kernels* kernels;
+  const GradientKernels* gradients;
   std::string why_not;  // empty: usable here
 };
 

@@ -79,6 +79,41 @@ struct Packed {
   }
 };
 
+// Elements [from, from + n) of row o of [rows, K], zeros behind them.
+TNT_INLINE vf read_lanes(const Rows& rows, int64_t o, int64_t K, int64_t from, int n) {
+  const bool in_first = o < rows.first_rows;
+  const Param& p = in_first ? rows.first : rows.second;
+  const int64_t at = (in_first ? o : o - rows.first_rows) * K + from;
+  if (p.dtype == kFloat32) {
+    const float* x = static_cast<const float*>(p.ptr) + at;
+    return n == L ? load_io(x) : load_part(x, n);
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(p.ptr) + at;
+  return n == L ? load_io(x) : load_part(x, n);
+}
+
+// A weight matrix packed transposed and without a bias: what takes a gradient back through the layer.
+template <class G>
+struct PackedTransposed : Packed<G> {
+  void plan(Arena& arena, int64_t outputs, int64_t inputs) {
+    this->out = outputs;
+    this->in = inputs;
+    this->w = arena.take<typename G::Element>(G::packed_elements(outputs, inputs));
+    this->bias = arena.take<float>(round_up(outputs, L) + G::kPanel);
+    this->row = nullptr;
+  }
+  int64_t strips() const { return (this->out + L - 1) / L; }
+
+  // Strip s: outputs s * L and on; `rows` is [in, out]. Strips may be packed by different threads.
+  void pack(int64_t s, const Rows& rows) {
+    const int64_t from = s * L, K = this->in, out = this->out;
+    const int n = static_cast<int>(least(L, out - from));
+    for (int64_t k = 0; k < K; k += 2)
+      G::pack_inputs(this->w, K, from, k, read_lanes(rows, k, out, from, n),
+                     k + 1 < K ? read_lanes(rows, k + 1, out, from, n) : splat(0.0f));
+  }
+};
+
 #if defined(__AVX512F__)
 // The two panels of 8 that one vector of outputs fills.
 template <class T>

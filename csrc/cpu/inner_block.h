@@ -2,6 +2,7 @@
 // written once, everything between stays in the first two cache levels.
 #pragma once
 
+#include "dropout.h"
 #include "gemm.h"
 #include "parallel.h"
 #include "tokens.h"
@@ -28,43 +29,55 @@ TNT_INLINE void scores(const float* q, const float* keys, int64_t ld, int64_t he
   for (int j = 0; j < N; ++j) store(to + j * L, s[j]);
 }
 
-// N channels of the weighted sum of values: out[d] = sum_j p[j] * v[d, j] / total.
+// N channels of the weighted sum of values: out[d] = factor * sum_j p[j] * v[d, j].
 template <int N>
-TNT_INLINE void weighted_values(const float* p, const float* values, int64_t ld, int64_t m, vf inverse_total,
+TNT_INLINE void weighted_values(const float* p, const float* values, int64_t ld, int64_t m, vf factor,
                                 float* out) {
   vf sum[N] = {};
   for (int64_t j = 0; j < m; ++j) {
     const vf pj = load(p + j * L);
     for (int d = 0; d < N; ++d) sum[d] += pj * values[d * ld + j];
   }
-  for (int d = 0; d < N; ++d) store(out + d * ld, sum[d] * inverse_total);
+  for (int d = 0; d < N; ++d) store(out + d * ld, sum[d] * factor);
 }
 
-// One head of one sentence for one vector of queries. p [m, L] is scratch.
-template <Accuracy A>
-TNT_INLINE void attend(const float* q, const float* keys, const float* values, int64_t ld, int64_t m,
-                       int64_t head_dim, float* p, float* out) {
+// The same for all m keys and for all channels of a head.
+TNT_INLINE void all_scores(const float* q, const float* keys, int64_t ld, int64_t m, int64_t head_dim,
+                           float* to) {
   int64_t j = 0;
-  for (; j + kKeys <= m; j += kKeys) scores<kKeys>(q, keys + j, ld, head_dim, p + j * L);
-  for (; j + 4 <= m; j += 4) scores<4>(q, keys + j, ld, head_dim, p + j * L);
-  for (; j < m; ++j) scores<1>(q, keys + j, ld, head_dim, p + j * L);
+  for (; j + kKeys <= m; j += kKeys) scores<kKeys>(q, keys + j, ld, head_dim, to + j * L);
+  for (; j + 4 <= m; j += 4) scores<4>(q, keys + j, ld, head_dim, to + j * L);
+  for (; j < m; ++j) scores<1>(q, keys + j, ld, head_dim, to + j * L);
+}
 
+TNT_INLINE void all_weighted_values(const float* p, const float* values, int64_t ld, int64_t m,
+                                    int64_t head_dim, vf factor, float* out) {
+  int64_t d = 0;
+  for (; d + 6 <= head_dim; d += 6) weighted_values<6>(p, values + d * ld, ld, m, factor, out + d * ld);
+  for (; d + 2 <= head_dim; d += 2) weighted_values<2>(p, values + d * ld, ld, m, factor, out + d * ld);
+  for (; d < head_dim; ++d) weighted_values<1>(p, values + d * ld, ld, m, factor, out + d * ld);
+}
+
+// One head of one sentence for one vector of queries. p [m, L] keeps the numerators of the softmax, whose
+// inverse denominator is returned.
+template <Accuracy A>
+TNT_INLINE vf attend(const float* q, const float* keys, const float* values, int64_t ld, int64_t m,
+                     int64_t head_dim, float* p, float* out, const HeadDropout* dropout) {
+  all_scores(q, keys, ld, m, head_dim, p);
   vf top = load(p);
-  for (j = 1; j < m; ++j) top = max_keep(top, load(p + j * L));
+  for (int64_t j = 1; j < m; ++j) top = max_keep(top, load(p + j * L));
   vf total = {};
-  for (j = 0; j < m; ++j) {
+  for (int64_t j = 0; j < m; ++j) {
     const vf e = exp2_<A>(load(p + j * L) - top);
     store(p + j * L, e);
     total += e;
   }
   const vf inverse_total = splat(1.0f) / total;
 
-  int64_t d = 0;
-  for (; d + 6 <= head_dim; d += 6)
-    weighted_values<6>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
-  for (; d + 2 <= head_dim; d += 2)
-    weighted_values<2>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
-  for (; d < head_dim; ++d) weighted_values<1>(p, values + d * ld, ld, m, inverse_total, out + d * ld);
+  if (dropout != nullptr)
+    dropout->place.apply(p, dropout->to, L, m, dropout->sentence, dropout->word, dropout->channel);
+  all_weighted_values(dropout != nullptr ? dropout->to : p, values, ld, m, head_dim, inverse_total, out);
+  return inverse_total;
 }
 
 template <class G, class IO>
@@ -79,6 +92,7 @@ struct InnerBlock {
   const int64_t together;  // sentences per group: two vectors at least, so that a product fills its registers
   const int64_t ld;        // lanes per group
   const bool attention, mlp;
+  const InnerDropout dropout;
 
   Affine norm1, norm2;
   Packed<G> qkv, proj, fc1, fc2;
@@ -101,7 +115,8 @@ struct InnerBlock {
         together(vectors >= 2 ? 1 : 2),
         ld(together * lanes),
         attention(a.parts & kAttention),
-        mlp(a.parts & kMlp) {}
+        mlp(a.parts & kMlp),
+        dropout(a) {}
 
   void plan(Arena& arena) {
     if (attention) {
@@ -159,8 +174,16 @@ struct InnerBlock {
     G::pad(s.a, ld, c);
   }
 
-  void add_residual(const Scratch& s) const {
-    for (int64_t i = 0; i < c * ld; i += L) store(s.x + i, load(s.x + i) + load(s.y + i));
+  // Adds the branch in y. `factors`, if given, has one for each sentence from the group's first on.
+  void add_residual(const Scratch& s, const float* factors, int64_t count) const {
+    if (factors == nullptr) {
+      for (int64_t i = 0; i < c * ld; i += L) store(s.x + i, load(s.x + i) + load(s.y + i));
+      return;
+    }
+    for (int64_t at = 0; at < ld; at += L) {
+      const vf factor = splat(at / lanes < count ? factors[at / lanes] : 0.0f);
+      for (int64_t i = at; i < c * ld; i += ld) store(s.x + i, load(s.x + i) + load(s.y + i) * factor);
+    }
   }
 
   // y [n, ld] through f into the operand.
@@ -173,7 +196,14 @@ struct InnerBlock {
     G::pad(s.a, ld, n);
   }
 
-  void attention_half(const Scratch& s) const {
+  // Dropout of y [n, ld] in place.
+  void drop(const DropoutPlace& place, float* y, int64_t n, int64_t first) const {
+    if (!place.active) return;
+    for (int64_t at = 0; at < together * lanes; at += L)
+      place.apply(y + at, y + at, ld, n, first + at / lanes, at % lanes);
+  }
+
+  void attention_half(const Scratch& s, int64_t first, int64_t count) const {
     normalise(s, norm1, args.eps1);
     G::run(qkv, s.a, ld, s.y);
     // softmax(scale * s) = 2^(scale * log2(e) * s) / sum: the factor goes into the queries.
@@ -181,22 +211,34 @@ struct InnerBlock {
     for (int64_t i = 0; i < c * ld; i += L) store(s.y + i, load(s.y + i) * factor);
     for (int64_t h = 0; h < args.heads; ++h) {
       const int64_t row = h * head_dim * ld;
-      for (int64_t first = 0; first < ld; first += lanes)  // a sentence's first lane
-        for (int64_t at = first; at < first + lanes; at += L)
-          attend<G::kAccuracy>(s.y + row + at, s.y + c * ld + row + first, s.y + 2 * c * ld + row + first, ld,
-                               m, head_dim, s.p, s.t + row + at);
+      for (int64_t from = 0; from < ld; from += lanes)  // a sentence's first lane
+        for (int64_t at = from; at < from + lanes; at += L) {
+          const HeadDropout drop = {dropout.probabilities, first + from / lanes, at - from,
+                                    h * round_up(m, 4), s.p};
+          attend<G::kAccuracy>(s.y + row + at, s.y + c * ld + row + from, s.y + 2 * c * ld + row + from, ld,
+                               m, head_dim, s.p, s.t + row + at,
+                               dropout.probabilities.active ? &drop : nullptr);
+        }
     }
     to_operand(s, s.t, c, [](vf v) TNT_LAMBDA { return v; });
     G::run(proj, s.a, ld, s.y);
-    add_residual(s);
+    drop(dropout.projection, s.y, c, first);
+    add_residual(s, args.drop_path1 ? args.drop_path1 + first : nullptr, count);
   }
 
-  void mlp_half(const Scratch& s) const {
+  void mlp_half(const Scratch& s, int64_t first, int64_t count) const {
     normalise(s, norm2, args.eps2);
     G::run(fc1, s.a, ld, s.y);
-    to_operand(s, s.y, args.hidden, [](vf v) TNT_LAMBDA { return gelu<G::kAccuracy>(v); });
+    if (!dropout.hidden.active) {
+      to_operand(s, s.y, args.hidden, [](vf v) TNT_LAMBDA { return gelu<G::kAccuracy>(v); });
+    } else {
+      for (int64_t i = 0; i < args.hidden * ld; i += L) store(s.y + i, gelu<G::kAccuracy>(load(s.y + i)));
+      drop(dropout.hidden, s.y, args.hidden, first);
+      to_operand(s, s.y, args.hidden, [](vf v) TNT_LAMBDA { return v; });
+    }
     G::run(fc2, s.a, ld, s.y);
-    add_residual(s);
+    drop(dropout.output, s.y, c, first);
+    add_residual(s, args.drop_path2 ? args.drop_path2 + first : nullptr, count);
   }
 
   // Sentences [group * together, ...).
@@ -208,8 +250,8 @@ struct InnerBlock {
       for (int64_t at = 0; at < lanes; at += L)
         load_words(in + (i * m + at) * c, c, i < count ? static_cast<int>(least(L, m - at)) : 0, c,
                    s.x + i * lanes + at, ld);
-    if (attention) attention_half(s);
-    if (mlp) mlp_half(s);
+    if (attention) attention_half(s, first, count);
+    if (mlp) mlp_half(s, first, count);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t at = 0; at < lanes; at += L)
         store_words<IO, IO>(out + (i * m + at) * c, c, static_cast<int>(least(L, m - at)), c,

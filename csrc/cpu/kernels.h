@@ -25,13 +25,16 @@ struct InnerBlockArgs {
   int64_t sentences, m, c, hidden, heads;
   int parts;
   float scale, eps1, eps2;
-  Param norm1_weight, norm1_bias;  // [c]
-  Param qk_weight, qk_bias;        // [2c, c], [2c]
-  Param v_weight, v_bias;          // [c, c], [c]
-  Param proj_weight, proj_bias;    // [c, c], [c]
-  Param norm2_weight, norm2_bias;  // [c]
-  Param fc1_weight, fc1_bias;      // [hidden, c], [hidden]
-  Param fc2_weight, fc2_bias;      // [c, hidden], [c]
+  Param norm1_weight, norm1_bias;        // [c]
+  Param qk_weight, qk_bias;              // [2c, c], [2c]
+  Param v_weight, v_bias;                // [c, c], [c]
+  Param proj_weight, proj_bias;          // [c, c], [c]
+  Param norm2_weight, norm2_bias;        // [c]
+  Param fc1_weight, fc1_bias;            // [hidden, c], [hidden]
+  Param fc2_weight, fc2_bias;            // [c, hidden], [c]
+  const float *drop_path1, *drop_path2;  // [sentences] factor of each branch, or null
+  uint64_t seed;                         // of dropout
+  double drops[4];  // rates of dropout: attention probabilities, proj's output, GELU's output, fc2's output
   int threads;
 };
 
@@ -95,6 +98,63 @@ struct OuterAttentionArgs {
   int threads;
 };
 
+// Gradients of a call. A pointer to a gradient is null where it is not asked for; those of parameters are
+// float32 whatever the parameter's dtype. Nothing is added to what they point to: it is overwritten.
+struct InnerBlockGradientArgs {
+  InnerBlockArgs call;  // its `out` is not used
+  const void* grad;     // [sentences, m, c] in io_dtype, contiguous: gradient of the result
+  void* grad_x;         // [sentences, m, c] in io_dtype
+  float* grads[14];     // of norm1_weight ... fc2_bias, in their order in InnerBlockArgs
+};
+
+struct PixelEmbedGradientArgs {
+  PixelEmbedArgs call;   // its `out` is not used
+  const void* grad;      // [batch * n, m, c] in out_dtype, contiguous
+  void* grad_image;      // [batch, channels, height, width] in image_dtype, contiguous
+  float* grad_weight;    // [c, channels, kernel, kernel]
+  float* grad_bias;      // [c]
+  float* grad_position;  // [m, c]
+};
+
+struct WordToSentenceGradientArgs {
+  WordToSentenceArgs call;  // its `out` and `tokens` are not used
+  const void* grad;         // [batch, n + 1, d] in tokens_dtype, contiguous; that of the tokens is the same
+  void* grad_words;         // [batch * n, m * c] in words_dtype
+  float* grads[6];          // of norm1_weight ... norm2_bias
+};
+
+struct OuterAttentionGradientArgs {
+  OuterAttentionArgs call;
+  const void* grad;  // [batch, n, heads * head_dim] in io_dtype, contiguous
+  void* grad_qkv;    // [batch, n, 3 * heads * head_dim] in io_dtype, contiguous
+};
+
+// grad_x = residual + the gradient of x through out = LN(x); out again where it is not null.
+struct LayerNormGradientArgs {
+  const void* x;         // [rows, d], contiguous
+  const void* residual;  // [rows, d] in x_dtype, contiguous
+  const void* grad;      // [rows, d] in grad_dtype, contiguous
+  DType x_dtype, grad_dtype;
+  Param weight, bias;              // [d]
+  void* grad_x;                    // [rows, d] in x_dtype, or null; may be the residual
+  void* out;                       // [rows, d] in grad_dtype, or null
+  float *grad_weight, *grad_bias;  // [d]
+  int64_t rows, d;
+  float eps;
+  int threads;
+};
+
+// grad, of gelu(h), becomes that of h; out = gelu(h) again where it is not null.
+struct GeluGradientArgs {
+  const void* h;     // [rows, hidden], contiguous
+  void* grad;        // [rows, hidden], contiguous
+  void* out;         // [rows, hidden], or null
+  DType dtype;       // of the three
+  float* grad_bias;  // [hidden] sums over the rows of the gradient of h
+  int64_t rows, hidden;
+  int threads;
+};
+
 // A kernel returns false when its scratch memory could not be had; nothing has been written then.
 struct Kernels {
   bool (*inner_block)(const InnerBlockArgs&);
@@ -102,6 +162,15 @@ struct Kernels {
   bool (*word_to_sentence)(const WordToSentenceArgs&);
   bool (*add_layer_norm)(const AddLayerNormArgs&);
   bool (*outer_attention)(const OuterAttentionArgs&);
+};
+
+struct GradientKernels {
+  bool (*inner_block)(const InnerBlockGradientArgs&);
+  bool (*pixel_embed)(const PixelEmbedGradientArgs&);
+  bool (*word_to_sentence)(const WordToSentenceGradientArgs&);
+  bool (*outer_attention)(const OuterAttentionGradientArgs&);
+  bool (*layer_norm)(const LayerNormGradientArgs&);
+  bool (*gelu)(const GeluGradientArgs&);
 };
 
 }  // namespace tnt

@@ -10,6 +10,41 @@ namespace tnt {
 namespace TNT_TIER {
 namespace {
 
+// One head's tokens [m.out, m.in], row j at from + j * stride, as a weight matrix: a token per output.
+template <class G, class IO>
+TNT_INLINE void pack_tokens(const IO* from, int64_t stride, const Packed<G>& m) {
+  for (int64_t j = 0; j < m.out; ++j) {
+    const IO* token = from + j * stride;
+    int64_t k = 0;
+    for (; k + L <= m.in; k += L) store(m.row + k, load_io(token + k));
+    for (; k < m.in; ++k) m.row[k] = load_scalar(token + k);
+    G::pack_row(m.w + j / G::kPanel * G::panel_elements(m.in), j % G::kPanel, m.row, m.in);
+  }
+}
+
+// The same tokens transposed: [m.in, m.out] in memory, a token per input.
+template <class G>
+TNT_INLINE void plan_transposed(Arena& arena, Packed<G>& m, int64_t outputs, int64_t inputs) {
+  m.out = outputs;
+  m.in = inputs;
+  m.w = arena.take<typename G::Element>(G::packed_elements(outputs, inputs));
+  m.bias = arena.take<float>(round_up(outputs, L) + G::kPanel);
+}
+
+template <class G, class IO>
+TNT_INLINE void pack_tokens_transposed(const IO* from, int64_t stride, const Packed<G>& m) {
+  for (int64_t o = 0; o < m.out; o += L) {
+    const int width = static_cast<int>(least(L, m.out - o));
+    for (int64_t j = 0; j < m.in; j += 2) {
+      const IO* at = from + j * stride + o;
+      const vf even = width == L ? load_io(at) : load_part(at, width);
+      vf odd = splat(0.0f);
+      if (j + 1 < m.in) odd = width == L ? load_io(at + stride) : load_part(at + stride, width);
+      G::pack_inputs(m.w, m.in, o, j, even, odd);
+    }
+  }
+}
+
 template <class G, class IO>
 struct OuterAttention {
   typedef typename G::Element Element;
@@ -42,10 +77,7 @@ struct OuterAttention {
   void plan(Arena&) {}
   void plan(Arena& arena, Scratch& s) const {
     s.keys.plan(arena, n, hd);
-    s.values.out = hd;
-    s.values.in = n;
-    s.values.w = arena.take<Element>(G::packed_elements(hd, n));
-    s.values.bias = arena.take<float>(round_up(hd, L) + G::kPanel);
+    plan_transposed(arena, s.values, hd, n);
     s.x = arena.take<float>(output_rows(hd) * kBlock);
     s.q = arena.take<Element>(G::operand_rows(hd) * kBlock);
     s.s = arena.take<float>(most(output_rows(n), G::operand_rows(n)) * kBlock);
@@ -58,33 +90,10 @@ struct OuterAttention {
     const int64_t b = head / args.heads, h = head % args.heads;
     const IO* q = static_cast<const IO*>(args.qkv) + b * n * 3 * d + h * hd;
     IO* out = static_cast<IO*>(args.out) + b * n * d + h * hd;
-    pack_keys(q + d, s);
-    pack_values(q + 2 * d, s);
+    pack_tokens(q + d, 3 * d, s.keys);
+    pack_tokens_transposed(q + 2 * d, 3 * d, s.values);
     for (int64_t block = part * blocks / splits; block < (part + 1) * blocks / splits; ++block)
       attend_block(q, out, block * kBlock, s);
-  }
-
-  void pack_keys(const IO* keys, const Scratch& s) const {
-    for (int64_t j = 0; j < n; ++j) {
-      float* row = s.keys.row;
-      int64_t k = 0;
-      for (; k + L <= hd; k += L) store(row + k, load_io(keys + j * 3 * d + k));
-      for (; k < hd; ++k) row[k] = load_scalar(keys + j * 3 * d + k);
-      G::pack_row(s.keys.w + j / G::kPanel * G::panel_elements(hd), j % G::kPanel, row, hd);
-    }
-  }
-
-  void pack_values(const IO* values, const Scratch& s) const {
-    for (int64_t o = 0; o < hd; o += L) {
-      const int width = static_cast<int>(least(L, hd - o));
-      for (int64_t j = 0; j < n; j += 2) {
-        const IO* at = values + j * 3 * d + o;
-        const vf even = width == L ? load_io(at) : load_part(at, width);
-        vf odd = splat(0.0f);
-        if (j + 1 < n) odd = width == L ? load_io(at + 3 * d) : load_part(at + 3 * d, width);
-        G::pack_inputs(s.values.w, n, o, j, even, odd);
-      }
-    }
   }
 
   void attend_block(const IO* q, IO* out, int64_t first, const Scratch& s) const {

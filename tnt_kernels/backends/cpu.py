@@ -60,6 +60,10 @@ def _launch_inner(
     eps1: float,
     eps2: float,
     compute_dtype: torch.dtype | None,
+    drop_path1: Tensor | None,
+    drop_path2: Tensor | None,
+    seed: Tensor | None,
+    drops: Sequence[float],
 ) -> Tensor:
     module = native.load()
     assert module is not None
@@ -68,12 +72,19 @@ def _launch_inner(
     out = source.new_empty((s, m, c))
     if out.numel() > 0:
         pointers, codes, held = _parameters(parameters)
+        factors, _, held_factors = _parameters((drop_path1, drop_path2))
         module.inner_block(
             source.data_ptr(), out.data_ptr(), CODES[source.dtype], _compute_code(x.dtype, compute_dtype),
-            s, m, c, hidden, num_heads, parts, scale, eps1, eps2, pointers, codes, torch.get_num_threads(),
+            s, m, c, hidden, num_heads, parts, scale, eps1, eps2, pointers, codes, *factors,
+            _seed_of(seed), drops, torch.get_num_threads(),
         )  # fmt: skip
+        held += held_factors
         del held
     return out.to(x.dtype)
+
+
+def _seed_of(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed.item()) & (1 << 64) - 1
 
 
 def _native_runs(*tensors: Tensor) -> bool:
@@ -104,16 +115,26 @@ def inner_block(
     eps1: float,
     eps2: float,
     compute_dtype: torch.dtype | None,
+    drop_path1: Tensor | None = None,
+    drop_path2: Tensor | None = None,
+    seed: Tensor | None = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+    hidden_drop: float = 0.0,
+    out_drop: float = 0.0,
 ) -> Tensor:
     parameters = (
         norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
         norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
     _checks.check_inner_block(x, *parameters, num_heads, compute_dtype)
+    _checks.check_drop_path("inner_block", x, drop_path1=drop_path1, drop_path2=drop_path2)
+    drops = (attn_drop, proj_drop, hidden_drop, out_drop)
+    _checks.check_dropout("inner_block", x, (seed, *drops), _checks.DROPS)
+    options = (num_heads, scale, eps1, eps2, compute_dtype, drop_path1, drop_path2, seed)
     if not _native_runs(x):
-        return reference.inner_block_in(x, *parameters, num_heads, scale, eps1, eps2, compute_dtype)
-    hidden = fc1_weight.shape[0]
-    return _launch_inner(x, parameters, _BOTH, hidden, num_heads, scale, eps1, eps2, compute_dtype)
+        return reference.inner_block_in(x, *parameters, *options, *drops)
+    return _launch_inner(x, parameters, _BOTH, fc1_weight.shape[0], *options, drops)
 
 
 def inner_attention(
@@ -130,15 +151,26 @@ def inner_attention(
     scale: float,
     eps: float,
     compute_dtype: torch.dtype | None,
+    drop_path: Tensor | None = None,
+    seed: Tensor | None = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
 ) -> Tensor:
     parameters = (
         norm_weight, norm_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
     )  # fmt: skip
     _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
+    _checks.check_drop_path("inner_attention", x, drop_path=drop_path)
+    noise = (seed, attn_drop, proj_drop)
+    _checks.check_dropout("inner_attention", x, noise, _checks.ATTENTION_DROPS)
     if not _native_runs(x):
-        return reference.inner_attention_in(x, *parameters, num_heads, scale, eps, compute_dtype)
+        options = (num_heads, scale, eps, compute_dtype, drop_path, *noise)
+        return reference.inner_attention_in(x, *parameters, *options)
     absent = (None,) * 6
-    return _launch_inner(x, (*parameters, *absent), _ATTENTION, 0, num_heads, scale, eps, eps, compute_dtype)
+    return _launch_inner(
+        x, (*parameters, *absent), _ATTENTION, 0, num_heads, scale, eps, eps, compute_dtype, drop_path, None,
+        seed, (attn_drop, proj_drop, 0.0, 0.0),
+    )  # fmt: skip
 
 
 def inner_mlp(
@@ -151,14 +183,24 @@ def inner_mlp(
     fc2_bias: Tensor | None,
     eps: float,
     compute_dtype: torch.dtype | None,
+    drop_path: Tensor | None = None,
+    seed: Tensor | None = None,
+    hidden_drop: float = 0.0,
+    out_drop: float = 0.0,
 ) -> Tensor:
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _checks.check_inner_mlp(x, *parameters, compute_dtype)
+    _checks.check_drop_path("inner_mlp", x, drop_path=drop_path)
+    noise = (seed, hidden_drop, out_drop)
+    _checks.check_dropout("inner_mlp", x, noise, _checks.MLP_DROPS)
     if not _native_runs(x):
-        return reference.inner_mlp_in(x, *parameters, eps, compute_dtype)
+        return reference.inner_mlp_in(x, *parameters, eps, compute_dtype, drop_path, *noise)
     absent = (None,) * 8
     hidden = fc1_weight.shape[0]
-    return _launch_inner(x, (*absent, *parameters), _MLP, hidden, 1, 1.0, eps, eps, compute_dtype)
+    return _launch_inner(
+        x, (*absent, *parameters), _MLP, hidden, 1, 1.0, eps, eps, compute_dtype, None, drop_path,
+        seed, (0.0, 0.0, hidden_drop, out_drop),
+    )  # fmt: skip
 
 
 def pixel_embed(

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnt_kernels.backends.philox import dropout_factors
+
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_in",
@@ -54,13 +56,19 @@ def attention(
     proj_bias: Tensor | None,
     num_heads: int,
     scale: float,
+    seed: Tensor | None = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
 ) -> Tensor:
     s, m, c = x.shape
     qk = F.linear(x, qk_weight, qk_bias).reshape(s, m, 2, num_heads, c // num_heads)
     q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
     v = F.linear(x, v_weight, v_bias).reshape(s, m, num_heads, c // num_heads).transpose(1, 2)
     probabilities = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
-    return F.linear((probabilities @ v).transpose(1, 2).reshape(s, m, c), proj_weight, proj_bias)
+    if attn_drop > 0.0:
+        probabilities = probabilities * _head_factors(probabilities, seed, attn_drop)
+    out = F.linear((probabilities @ v).transpose(1, 2).reshape(s, m, c), proj_weight, proj_bias)
+    return dropped(out, seed, 1, proj_drop)
 
 
 def inner_attention(
@@ -76,9 +84,17 @@ def inner_attention(
     num_heads: int,
     scale: float,
     eps: float,
+    drop_path: Tensor | None = None,  # [S] factor of each sentence's branch
+    seed: Tensor | None = None,  # [1]
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
 ) -> Tensor:
     y = layer_norm(x, norm_weight, norm_bias, eps)
-    return x + attention(y, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, num_heads, scale)
+    y = attention(
+        y, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, num_heads, scale, seed, attn_drop,
+        proj_drop,
+    )  # fmt: skip
+    return x + _scaled(y, drop_path)
 
 
 def inner_mlp(
@@ -90,9 +106,34 @@ def inner_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     eps: float,
+    drop_path: Tensor | None = None,  # [S] factor of each sentence's branch
+    seed: Tensor | None = None,  # [1]
+    hidden_drop: float = 0.0,
+    out_drop: float = 0.0,
 ) -> Tensor:
     y = layer_norm(x, norm_weight, norm_bias, eps)
-    return x + F.linear(F.gelu(F.linear(y, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    hidden = dropped(F.gelu(F.linear(y, fc1_weight, fc1_bias)), seed, 2, hidden_drop)
+    return x + _scaled(dropped(F.linear(hidden, fc2_weight, fc2_bias), seed, 3, out_drop), drop_path)
+
+
+def _head_factors(probabilities: Tensor, seed: Tensor | None, rate: float) -> Tensor:
+    """Factors of probabilities [S, heads, m queries, m keys]: the keys of a head count as channels."""
+    s, heads, m, _ = probabilities.shape
+    padded = -(-m // 4) * 4
+    factors = dropout_factors(seed, 0, s, m, heads * padded, rate, probabilities)
+    return factors.reshape(s, m, heads, padded)[..., :m].transpose(1, 2)
+
+
+def dropped(x: Tensor, seed: Tensor | None, place: int, rate: float) -> Tensor:
+    """x [S, m, c] with the elements dropped that the seed drops at this place of a block."""
+    if rate == 0.0:
+        return x
+    s, m, c = x.shape
+    return x * dropout_factors(seed, place, s, m, c, rate, x)
+
+
+def _scaled(branch: Tensor, factors: Tensor | None) -> Tensor:
+    return branch if factors is None else branch * factors.to(branch.dtype)[:, None, None]
 
 
 def inner_block(
@@ -115,12 +156,22 @@ def inner_block(
     scale: float,
     eps1: float,
     eps2: float,
+    drop_path1: Tensor | None = None,  # [S] factor of each sentence's attention, and of its MLP
+    drop_path2: Tensor | None = None,
+    seed: Tensor | None = None,  # [1]
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+    hidden_drop: float = 0.0,
+    out_drop: float = 0.0,
 ) -> Tensor:
     y = inner_attention(
         x, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
-        num_heads, scale, eps1,
+        num_heads, scale, eps1, drop_path1, seed, attn_drop, proj_drop,
     )  # fmt: skip
-    return inner_mlp(y, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps2)
+    return inner_mlp(
+        y, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps2, drop_path2, seed,
+        hidden_drop, out_drop,
+    )  # fmt: skip
 
 
 def pixel_embed(
@@ -233,18 +284,23 @@ def pixel_embed_in(
 
 
 def inner_attention_in(x: Tensor, *args: Any) -> Tensor:
-    *rest, compute_dtype = args
-    return _in_compute_dtype(inner_attention, compute_dtype, x.dtype, x, *rest)
+    arguments, compute_dtype, drop_path = _split(args, 11)
+    return _in_compute_dtype(inner_attention, compute_dtype, x.dtype, x, *arguments, *drop_path)
 
 
 def inner_mlp_in(x: Tensor, *args: Any) -> Tensor:
-    *rest, compute_dtype = args
-    return _in_compute_dtype(inner_mlp, compute_dtype, x.dtype, x, *rest)
+    arguments, compute_dtype, drop_path = _split(args, 7)
+    return _in_compute_dtype(inner_mlp, compute_dtype, x.dtype, x, *arguments, *drop_path)
 
 
 def inner_block_in(x: Tensor, *args: Any) -> Tensor:
-    *rest, compute_dtype = args
-    return _in_compute_dtype(inner_block, compute_dtype, x.dtype, x, *rest)
+    arguments, compute_dtype, drop_paths = _split(args, 18)
+    return _in_compute_dtype(inner_block, compute_dtype, x.dtype, x, *arguments, *drop_paths)
+
+
+def _split(args: tuple[Any, ...], count: int) -> tuple[Any, torch.dtype | None, Any]:
+    """The first `count` arguments, the compute_dtype behind them, and what follows."""
+    return args[:count], args[count], args[count + 1 :]
 
 
 def word_to_sentence_in(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:

@@ -23,6 +23,10 @@ def inner_attention(
     num_heads: int,
     scale: float | None = None,
     eps: float = 1e-5,
+    drop_path: Tensor | None = None,
+    seed: Tensor | None = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
 ) -> Tensor:
     """Returns x + Attention(LN(x)), every sentence attending to its own words.
 
@@ -35,6 +39,11 @@ def inner_attention(
         num_heads: divides c.
         scale: factor of the scores; None means (c / num_heads) ** -0.5.
         eps: added to the variance in the LayerNorm.
+        drop_path: [S] float32 or None, the factor of each sentence's branch: stochastic depth passes 0 for a
+            sentence whose branch is dropped and 1 / keep probability for the others.
+        seed: int64 [1], on x's device, or None without dropout: what is dropped depends on it and on the
+            place of an element alone. `torch.randint` draws one through torch's generator.
+        attn_drop, proj_drop: rates of dropout of the probabilities and of the projection's output.
 
     Returns:
         [S, m, c] in the dtype of x, contiguous. Dtypes, autocast and errors as in
@@ -46,10 +55,13 @@ def inner_attention(
         norm_weight, norm_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
     )  # fmt: skip
     _checks.check_tensor("inner_attention", "x", x, _checks.STREAM)
-    backend = dispatch.choose("inner_attention", x, *parameters)
+    backend = dispatch.choose("inner_attention", x, *parameters, drop_path)
     compute_dtype = compute_dtype_of(x)
     scale = _checks.scale_of("inner_attention", x, num_heads, scale)
+    noise = (drop_path, seed, attn_drop, proj_drop)
+    _checks.check_dropout("inner_attention", x, noise[1:], _checks.ATTENTION_DROPS)
     if backend == "cpu":
-        return _ops.inner_attention(x, *parameters, num_heads, scale, eps, compute_dtype)
+        return _ops.inner_attention(x, *parameters, num_heads, scale, eps, compute_dtype, *noise)
     _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
-    return reference.inner_attention(x, *parameters, num_heads, scale, eps).to(x.dtype)
+    _checks.check_drop_path("inner_attention", x, drop_path=drop_path)
+    return reference.inner_attention(x, *parameters, num_heads, scale, eps, *noise).to(x.dtype)

@@ -30,6 +30,13 @@ def inner_block(
     scale: float | None = None,
     eps1: float = 1e-5,
     eps2: float = 1e-5,
+    drop_path1: Tensor | None = None,
+    drop_path2: Tensor | None = None,
+    seed: Tensor | None = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+    hidden_drop: float = 0.0,
+    out_drop: float = 0.0,
 ) -> Tensor:
     """Transforms the words of each sentence: y = x + Attention(LN(x)); returns y + MLP(LN(y)).
 
@@ -47,6 +54,12 @@ def inner_block(
         num_heads: divides c.
         scale: factor of the scores; None means (c / num_heads) ** -0.5.
         eps1, eps2: added to the variance in the two LayerNorms.
+        drop_path1, drop_path2: [S] float32 or None, the factor of each sentence's attention, and of its MLP:
+            stochastic depth passes 0 where a branch is dropped and 1 / keep probability elsewhere.
+        seed: int64 [1], on x's device, or None without dropout: what is dropped depends on it and on the
+            place of an element alone. `torch.randint` draws one through torch's generator.
+        attn_drop, proj_drop, hidden_drop, out_drop: rates of dropout of the attention's probabilities, of its
+            projection's output, behind GELU, and behind the MLP's second layer.
 
     Returns:
         [S, m, c] in the dtype of x, contiguous. Parameters are of x's dtype (those of a LayerNorm may
@@ -63,10 +76,13 @@ def inner_block(
         norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
     _checks.check_tensor("inner_block", "x", x, _checks.STREAM)
-    backend = dispatch.choose("inner_block", x, *parameters)
+    backend = dispatch.choose("inner_block", x, *parameters, drop_path1, drop_path2)
     compute_dtype = compute_dtype_of(x)
     scale = _checks.scale_of("inner_block", x, num_heads, scale)
+    noise = (drop_path1, drop_path2, seed, attn_drop, proj_drop, hidden_drop, out_drop)
+    _checks.check_dropout("inner_block", x, noise[2:], _checks.DROPS)
     if backend == "cpu":
-        return _ops.inner_block(x, *parameters, num_heads, scale, eps1, eps2, compute_dtype)
+        return _ops.inner_block(x, *parameters, num_heads, scale, eps1, eps2, compute_dtype, *noise)
     _checks.check_inner_block(x, *parameters, num_heads, compute_dtype)
-    return reference.inner_block(x, *parameters, num_heads, scale, eps1, eps2).to(x.dtype)
+    _checks.check_drop_path("inner_block", x, "x", drop_path1=drop_path1, drop_path2=drop_path2)
+    return reference.inner_block(x, *parameters, num_heads, scale, eps1, eps2, *noise).to(x.dtype)

@@ -19,6 +19,10 @@ def inner_mlp(
     fc2_bias: Tensor | None,
     *,
     eps: float = 1e-5,
+    drop_path: Tensor | None = None,
+    seed: Tensor | None = None,
+    hidden_drop: float = 0.0,
+    out_drop: float = 0.0,
 ) -> Tensor:
     """Returns x + fc2(GELU(fc1(LN(x)))) with the exact GELU (erf).
 
@@ -28,6 +32,11 @@ def inner_mlp(
         fc1_weight, fc1_bias: [hidden, c] and [hidden] or None.
         fc2_weight, fc2_bias: [c, hidden] and [c] or None.
         eps: added to the variance in the LayerNorm.
+        drop_path: [S] float32 or None, the factor of each sentence's branch: stochastic depth passes 0 for a
+            sentence whose branch is dropped and 1 / keep probability for the others.
+        seed: int64 [1], on x's device, or None without dropout: what is dropped depends on it and on the
+            place of an element alone. `torch.randint` draws one through torch's generator.
+        hidden_drop, out_drop: rates of dropout behind GELU and behind the second layer.
 
     Returns:
         [S, m, c] in the dtype of x, contiguous. Dtypes, autocast and errors as in
@@ -37,9 +46,12 @@ def inner_mlp(
     """
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _checks.check_tensor("inner_mlp", "x", x, _checks.STREAM)
-    backend = dispatch.choose("inner_mlp", x, *parameters)
+    backend = dispatch.choose("inner_mlp", x, *parameters, drop_path)
     compute_dtype = compute_dtype_of(x)
+    noise = (drop_path, seed, hidden_drop, out_drop)
+    _checks.check_dropout("inner_mlp", x, noise[1:], _checks.MLP_DROPS)
     if backend == "cpu":
-        return _ops.inner_mlp(x, *parameters, eps, compute_dtype)
+        return _ops.inner_mlp(x, *parameters, eps, compute_dtype, *noise)
     _checks.check_inner_mlp(x, *parameters, compute_dtype)
-    return reference.inner_mlp(x, *parameters, eps).to(x.dtype)
+    _checks.check_drop_path("inner_mlp", x, drop_path=drop_path)
+    return reference.inner_mlp(x, *parameters, eps, *noise).to(x.dtype)

@@ -34,6 +34,8 @@ def outer_block(
     scale: float | None = None,
     eps1: float = 1e-5,
     eps2: float = 1e-5,
+    drop_path1: Tensor | None = None,
+    drop_path2: Tensor | None = None,
 ) -> Tensor:
     """Transforms the tokens of each image: z = tokens + Attention(LN(tokens)); returns z + MLP(LN(z)).
 
@@ -49,6 +51,8 @@ def outer_block(
         num_heads: divides d.
         scale: factor of the scores; None means (d / num_heads) ** -0.5.
         eps1, eps2: added to the variance in the two LayerNorms.
+        drop_path1, drop_path2: [B] float32 or None, the factor of each image's attention, and of its MLP:
+            stochastic depth passes 0 where a branch is dropped and 1 / keep probability elsewhere.
 
     Returns:
         [B, N, d] in the dtype of tokens. Parameters are of that dtype (those of a LayerNorm may be
@@ -65,13 +69,18 @@ def outer_block(
         norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
     _checks.check_tensor("outer_block", "tokens", tokens, _checks.OUTER)
-    backend = dispatch.choose("outer_block", tokens, *parameters)
+    backend = dispatch.choose("outer_block", tokens, *parameters, drop_path1, drop_path2)
     compute_dtype = compute_dtype_of(tokens)
     scale = _checks.scale_of("outer_block", tokens, num_heads, scale, "tokens")
     if backend == "cpu":
-        return _ops.outer_block(tokens, *parameters, num_heads, scale, eps1, eps2, compute_dtype)
+        return _ops.outer_block(
+            tokens, *parameters, num_heads, scale, eps1, eps2, compute_dtype, drop_path1, drop_path2
+        )
     _checks.check_outer_block(tokens, *parameters, num_heads, compute_dtype)
-    return reference.inner_block(tokens, *parameters, num_heads, scale, eps1, eps2).to(tokens.dtype)
+    _checks.check_drop_path("outer_block", tokens, "tokens", drop_path1=drop_path1, drop_path2=drop_path2)
+    return reference.inner_block(
+        tokens, *parameters, num_heads, scale, eps1, eps2, drop_path1, drop_path2
+    ).to(tokens.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tnt_kernels import native
 
-__all__ = ["PackedLinear", "cache_info", "clear_caches", "pack_linear"]
+__all__ = ["PackedLinear", "cache_info", "clear_caches", "onednn_runs", "pack_linear"]
 
 _SAMPLES = 64
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -69,6 +69,11 @@ def _onednn_runs(dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def onednn_runs(dtype: torch.dtype) -> bool:
+    """Returns whether linear layers of this dtype go to oneDNN's operator here and now."""
+    return torch._C._get_mkldnn_enabled() and _onednn_runs(dtype)
 
 
 def _pack(
@@ -135,7 +140,7 @@ def pack_linear(
         biases: for each weight [its outputs] or None.
         dtype: float32 or bfloat16.
     """
-    onednn = torch._C._get_mkldnn_enabled() and _onednn_runs(dtype)
+    onednn = onednn_runs(dtype)
     if len(weights) > 1:
         sources = [*weights, *(bias for bias in biases if bias is not None)]
         return _cached(sources, dtype, onednn, lambda: _pack(weights, biases, dtype, onednn))
