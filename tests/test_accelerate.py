@@ -11,7 +11,17 @@ import golden_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import IMAGE, TIMM, USERS_MODELS, Adapted, assert_near, images, make, randomize
+from model_cases import (
+    IMAGE,
+    TIMM,
+    USERS_MODELS,
+    Adapted,
+    assert_near,
+    images,
+    make,
+    randomize,
+    without_inner_dropout,
+)
 from oracle import assert_as_accurate
 from torch import nn
 from user_models import huawei_style
@@ -37,27 +47,6 @@ def fused_modules(model: nn.Module) -> set[str]:
 
 
 EVERYTHING = {"", "pixel_embed", "patch_embed", "blocks.0", "blocks.1", "blocks.2"}
-
-
-@pytest.fixture
-def counted(monkeypatch) -> dict[str, int]:
-    """How often each fused operation was called."""
-    calls: dict[str, int] = {}
-
-    def count(owner, name):
-        own = getattr(owner, name)
-
-        def counting(*args, **kwargs):
-            calls[name] = calls.get(name, 0) + 1
-            return own(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counting)
-
-    for name in ("pixel_embed", "inner_block", "word_to_sentence"):
-        count(fused.ops, name)
-    count(fused.outer, "outer_block")
-    count(fused, "class_token_block")
-    return calls
 
 
 @pytest.mark.parametrize("kind", USERS_MODELS)
@@ -209,29 +198,29 @@ def test_gradient_checkpointing():
         model(images()).square().sum().backward()
         results.append([parameter.grad.clone() for parameter in model.parameters()])
     for theirs, ours in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+        assert_near(ours, theirs, 2e-5)
 
 
 @pytest.mark.parametrize("kind", USERS_MODELS)
 def test_training(kind):
-    """With gradients a model trains bit for bit as before, whatever its dropout."""
+    """A model has the gradients that it had, whatever its dropout outside of the inner halves."""
     rates = {"drop_rate" if kind == "authors" else "proj_drop_rate": 0.1, "drop_path_rate": 0.3}
     results = []
     for change in (lambda model: model, accelerate):
-        model = change(make(kind, **rates)).train()
+        model = change(without_inner_dropout(make(kind, **rates))).train()
         torch.manual_seed(3)
         x = images().requires_grad_()
         out = model(x)
         out.square().sum().backward()
         results.append([out, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
     for theirs, ours in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+        assert_near(ours, theirs, 2e-5)
 
 
 @pytest.mark.parametrize("kind", USERS_MODELS)
 def test_dropout_without_gradients(kind):
     """A part of a model left in training mode, and Monte Carlo dropout."""
-    model = make(kind, attn_drop_rate=0.1, drop_path_rate=0.3)
+    model = without_inner_dropout(make(kind, attn_drop_rate=0.1, drop_path_rate=0.3))
     model.blocks[1].train()
     outs = []
     for change in (lambda model: model, accelerate):
@@ -688,8 +677,6 @@ def test_backends():
             assert torch.equal(model(x), expected)
         with use_backend("cpu"):
             assert_near(model(x), expected)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match="gradient"):
-        model(x)
 
 
 def test_meta_and_double_models():
@@ -782,7 +769,8 @@ def test_explain_before_and_after():
         text = str(explain(model))
     assert "blocks.0 to blocks.2" in text
     assert "mode: eval" in text
-    assert all("gradient" in part.why for part in explain(model).parts)
+    assert "gradients: recorded" in str(explain(model))
+    assert all(part.fused for part in explain(model).parts)
 
 
 def test_explain_says_why():
@@ -798,10 +786,11 @@ def test_explain_says_why():
         assert whys()["inner half"] == "attn_in.qk is a Adapted and was a Linear"
         with use_backend("reference"):
             assert "reference backend" in whys()["outer half"]
-        assert "in training mode" in next(
-            part.why for part in explain(model.train()).parts if part.part == "stem"
-        )
-        assert "attn_in.attn_drop is active (p=0.1)" in whys()["outer half"]
+        model.train()
+        assert whys()["inner half"] == "attn_in.qk is a Adapted and was a Linear"
+        assert whys()["projection"] == ""
+        assert whys()["outer half"] == "attn_out.attn_drop is active (p=0.1)"
+        assert whys("") == {"stem": "", "last block, class token alone": whys()["outer half"]}
         model.eval().double()
         assert "float64" in whys()["outer half"]
         with use_backend("cpu"):

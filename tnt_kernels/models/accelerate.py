@@ -53,9 +53,11 @@ def accelerate(model: Model) -> Model:
     or legacy), wherever it lies and whoever wrote its class. Each is first proved by a test run of a copy:
     a block that computes something else stays as it is. Names, parameters, hooks, state dict, `repr` and
     `isinstance` do not change, and pickle, `copy.deepcopy`, `torch.compile` and `torch.export` work. What
-    cannot run fused in a call (gradients needed, active dropout, a hooked or replaced module, ...) runs as
-    it is written, and :func:`explain` says what and why. Accelerating twice is the same as once;
-    :func:`restore` undoes it.
+    cannot run fused in a call (active dropout, a hooked or replaced module, ...) runs as it is written, and
+    :func:`explain` says what and why. Accelerating twice is the same as once; :func:`restore` undoes it.
+
+    Training runs fused too, and gives the gradients that the model had before. The same seed drops the same
+    branches: the draws of a DropPath (timm's, or this package's) are made as it makes them.
 
     Warns where TNT blocks were found but none can run fused.
 
@@ -88,11 +90,22 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`: every module has its own class again; returns the module."""
+    """Undo :func:`accelerate`: every module has its own class again; returns the module.
+
+    Raises:
+        TypeError: `model` is no module, or a module got a class on top of its accelerated one, as
+            `torch.distributed.fsdp.fully_shard` gives it. Nothing is restored then.
+    """
     check_module(model)
-    for module in model.modules():
-        if is_accelerated(module):
-            module.__class__ = own_class(module)
+    accelerated = [(name, module) for name, module in model.named_modules() if is_accelerated(module)]
+    for name, module in accelerated:
+        if ORIGINAL not in type(module).__dict__:
+            raise TypeError(
+                f"{name or 'model'} cannot be restored: it is a {type(module).__name__}, a class on top of "
+                "its accelerated one; restore() comes before fully_shard()"
+            )
+    for _, module in accelerated:
+        module.__class__ = own_class(module)
     return model
 
 
@@ -102,7 +115,7 @@ def check_module(model: object) -> None:
 
 
 def is_accelerated(module: nn.Module) -> bool:
-    return ORIGINAL in type(module).__dict__
+    return hasattr(type(module), ORIGINAL)
 
 
 def is_fast(module: nn.Module) -> bool:

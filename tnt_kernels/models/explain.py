@@ -29,6 +29,7 @@ from tnt_kernels.models.plan import (
     Part,
     PixelPlan,
     block_as_written,
+    checkpointed,
     model_as_written,
     part_as_written,
     pixel_as_written,
@@ -93,7 +94,8 @@ def explain(model: nn.Module) -> Explanation:
     """Which parts of the TNTs inside a module run fused in a call made now, and why the others do not.
 
     It answers for the present modes of the modules, grad mode, autocast, dtype, device, hooks and backend
-    choice, whatever the input. Before :func:`accelerate` it says what that would change.
+    choice, whatever the input. Before :func:`accelerate` it says what that would change. Outside of a
+    forward pass the parameters of `fully_shard` are sharded, and no part runs fused on them: ask inside one.
 
     Raises:
         TypeError: `model` is no module.
@@ -124,7 +126,9 @@ def _before(plan: Plan, runs: str, why: str) -> Verdict:
     return AS_WRITTEN, f"not accelerated, which would not help now: {why}" if why else "not accelerated"
 
 
-def _verdict(why: str | None, part: Part, arguments: Callable[[], fused.Arguments]) -> Verdict:
+def _verdict(
+    why: str | None, part: Part, arguments: Callable[[], fused.Arguments], needs_grad: bool | None = None
+) -> Verdict:
     """`why` is what the modules have against it; their parameters and the backend may have something, too."""
     if why is not None:
         return AS_WRITTEN, why
@@ -135,7 +139,7 @@ def _verdict(why: str | None, part: Part, arguments: Callable[[], fused.Argument
     dtypes = {str(tensor.dtype) for tensor in tensors if tensor is not None and tensor.dim() > 1}
     if len(dtypes) > 1 and not fused.autocast(tensors[0]):
         return AS_WRITTEN, f"its weights are of several dtypes: {', '.join(sorted(dtypes))}"
-    why = dispatch.can_run_cpu(part.op, *tensors)
+    why = dispatch.can_run_cpu(part.op, *tensors, needs_grad=needs_grad)
     if why is None:
         return "cpu", ""
     return (AS_WRITTEN, why) if backend == "auto" else (ERROR, f"the {backend} backend is forced: {why}")
@@ -163,10 +167,8 @@ def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdi
         pixel = children[names.pixel_embed]
         why = whole or watched(pixel) or pixel_as_written(pixel, plan.pixel)
         yield "pixel embedding", _verdict(why, plan.pixel.part, partial(fused.pixel_arguments, pixel))
-    elif model.training:
-        whole = whole or "it is in training mode"
-    elif torch.is_grad_enabled():
-        whole = whole or "gradients may be needed (torch.is_grad_enabled())"
+    else:
+        whole = whole or checkpointed(model, plan)
     why = whole or part_as_written(model, plan.stem)
     yield "stem", _verdict(why, plan.stem, partial(fused.projection_arguments, model, names.projection))
 
@@ -174,9 +176,11 @@ def _model_parts(model: nn.Module, plan: ModelPlan) -> Iterator[tuple[str, Verdi
     block_plan = getattr(blocks[-1], fused.PLAN, None) if blocks else None
     if block_plan is None:
         return
-    why = whole or watched(blocks[-1])
-    reports = [(AS_WRITTEN, why)] if why else [verdict for _, verdict in _block_parts(blocks[-1], block_plan)]
-    yield "last block, class token alone", next((v for v in reports if v[1]), reports[0])
+    last, half = blocks[-1], block_plan.outer
+    why = whole or checkpointed(model, plan) or watched(last) or block_as_written(last, block_plan)
+    why = why or part_as_written(last, half)
+    arguments = partial(fused.part_arguments, last, block_plan, half)
+    yield "last block, class token alone", _verdict(why, half, arguments, needs_grad=False)
 
 
 def _mode(model: nn.Module, planned: list[nn.Module]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from tnt_kernels.models.plan import (
     BlockNames,
     BlockPlan,
     ModelPlan,
+    checkpointed,
     model_as_written,
     plan_block,
     plan_model,
@@ -38,11 +39,12 @@ class FastBlock(Block):
 class FastTNT(TNT):
     """TNT, [B, in_chans, H, W] -> logits [B, num_classes]: the constructor, names and state dict of `TNT`.
 
-    Computes what `TNT` computes, up to rounding. What cannot run fused runs as in `TNT`, part by part: a
-    call that needs gradients, active dropout or drop path, a hooked or replaced module, another norm or
-    activation, a device or dtype without a kernel (`tnt_kernels.explain(model)` says which and why). In the
-    last block only the class token is computed, the one that the head reads, unless something watches that
-    block or the last norm.
+    Computes what `TNT` computes, up to rounding, and the same gradients; the same seed drops the same
+    branches. What cannot run fused runs as in `TNT`, part by part: a half of a block whose dropout is active,
+    a hooked or replaced module, another norm or activation, a device or dtype without a kernel
+    (`tnt_kernels.explain(model)` says which and why). In the last block only the class token is computed, the
+    one that the head reads, unless something watches that block or the last norm, or
+    `set_grad_checkpointing` is on.
     """
 
     block_class = FastBlock
@@ -86,7 +88,7 @@ class FastTNT(TNT):
 
     def forward_features(self, x: Tensor) -> Tensor:
         plan = getattr(self, fused.PLAN)
-        if model_as_written(self, plan) is not None:
+        if model_as_written(self, plan) is not None or checkpointed(self, plan) is not None:
             return super().forward_features(x)
         self.patch_embed.check_image(x)
         return fused.run_features(self, plan, x)[:, 0]

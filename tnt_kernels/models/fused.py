@@ -6,14 +6,13 @@ the call to the module's own forward.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnt_kernels import dispatch, ops, outer
+from tnt_kernels.models.class_token import class_token_block
 from tnt_kernels.models.plan import (
     BlockNames,
     BlockPlan,
@@ -23,9 +22,11 @@ from tnt_kernels.models.plan import (
     PixelPlan,
     ProjectionNames,
     block_as_written,
+    checkpointed,
     model_as_written,
     part_as_written,
     pixel_as_written,
+    submodule,
     watched,
 )
 
@@ -124,8 +125,10 @@ class Chosen(NamedTuple):
     outer: Arguments | None
 
 
-def choose_parts(block: nn.Module, plan: BlockPlan, words: Tensor, tokens: Tensor) -> Chosen:
-    """Which parts run fused on these tensors.
+def choose_parts(
+    block: nn.Module, plan: BlockPlan, words: Tensor, tokens: Tensor, *, outer_half: bool = True
+) -> Chosen:
+    """Which parts run fused on these tensors, the outer half only if asked for.
 
     Raises RuntimeError where a backend is forced that cannot run a part whose modules have a fused form.
     """
@@ -134,7 +137,7 @@ def choose_parts(block: nn.Module, plan: BlockPlan, words: Tensor, tokens: Tenso
     for part, streams in (
         (plan.inner, (words,)),
         (plan.projection, (words, tokens)),
-        (plan.outer, (tokens,)),
+        (plan.outer if outer_half else None, (tokens,)),
     ):
         arguments = None
         if part is not None and part_as_written(block, part) is None:
@@ -166,7 +169,8 @@ def compose(
     if chosen.outer is None:
         tokens = _half(block, plan.names, plan.names.outer, tokens)
     else:
-        tokens = outer.outer_block(tokens, *chosen.outer.parameters, **chosen.outer.options)
+        options = chosen.outer.options | _noise_options(block, plan, plan.outer, tokens)
+        tokens = outer.outer_block(tokens, *chosen.outer.parameters, **options)
     return words, tokens
 
 
@@ -178,7 +182,8 @@ def _inner_and_projection(
     if chosen.inner is None:
         words = _half(block, plan.names, plan.names.inner, words)
     else:
-        words = ops.inner_block(words, *chosen.inner.parameters, **chosen.inner.options)
+        options = chosen.inner.options | _noise_options(block, plan, plan.inner, words)
+        words = ops.inner_block(words, *chosen.inner.parameters, **options)
     if chosen.projection is None:
         tokens = _projection(block, plan, words, tokens)
     else:
@@ -186,6 +191,36 @@ def _inner_and_projection(
             words, tokens, *chosen.projection.parameters, **chosen.projection.options
         )
     return words, tokens
+
+
+def _noise_options(block: nn.Module, plan: BlockPlan, part: Part, x: Tensor) -> dict[str, Any]:
+    """What a half's operation on x needs to know of the drop path and the dropout that are active now."""
+    options: dict[str, Any] = {}
+    if plan.fused_drop_path:
+        drop_path: Any = block._modules[plan.names.drop_path]
+        if drop_path.training and drop_path.drop_prob:
+            options["drop_path1"] = _drop_path_factors(drop_path, x)
+            options["drop_path2"] = _drop_path_factors(drop_path, x)
+    for option, (path, rate) in part.drops:
+        dropout: Any = submodule(block, path)
+        if dropout.training and getattr(dropout, rate):
+            options[option] = getattr(dropout, rate)
+            if "seed" not in options:
+                options["seed"] = torch.randint(1 << 62, (1,), device=x.device)
+    return options
+
+
+def _drop_path_factors(drop_path: Any, x: Tensor) -> Tensor:
+    """What a DropPath, ours or timm's, multiplies the rows of x by: [rows] float32.
+
+    The generator takes the steps that the module would have it take, whatever the dtype of its input, so
+    that the same seed drops the same branches as without fused operations.
+    """
+    keep = 1.0 - drop_path.drop_prob
+    factors = x.new_empty(x.shape[0], dtype=torch.float32).bernoulli_(keep)
+    if keep > 0.0 and getattr(drop_path, "scale_by_keep", True):  # a switch of timm's
+        factors = factors / keep
+    return factors
 
 
 def _half(block: nn.Module, names: BlockNames, half: HalfNames, x: Tensor) -> Tensor:
@@ -259,16 +294,18 @@ def embed(model: nn.Module, plan: ModelPlan, image: Tensor) -> tuple[Tensor, Ten
 
     cls_token, outer_pos = getattr(model, names.cls_token), getattr(model, names.outer_pos)
     batch, n = image.shape[0], outer_pos.shape[1] - 1
+    tokens = None
     if part_as_written(model, plan.stem) is None:
         arguments = projection_arguments(model, names.projection)
         if _choose(plan.stem, arguments, (words, cls_token, outer_pos), False)[0]:
             # A stem is a projection into sentences that hold their positions alone.
             empty = torch.cat([cls_token + outer_pos[:, :1], outer_pos[:, 1:]], dim=1).expand(batch, -1, -1)
-            return words, ops.word_to_sentence(words, empty, *arguments.parameters, **arguments.options)
-    norm1, proj, norm2 = (children[name] for name in names.projection)
+            tokens = ops.word_to_sentence(words, empty, *arguments.parameters, **arguments.options)
+    if tokens is None:
+        norm1, proj, norm2 = (children[name] for name in names.projection)
+        sentences = norm2(proj(norm1(words.reshape(batch, n, words.shape[1] * words.shape[2]))))
+        tokens = torch.cat([cls_token.expand(batch, -1, -1), sentences], dim=1) + outer_pos
     pos_drop = children.get(names.pos_drop)
-    sentences = norm2(proj(norm1(words.reshape(batch, n, words.shape[1] * words.shape[2]))))
-    tokens = torch.cat([cls_token.expand(batch, -1, -1), sentences], dim=1) + outer_pos
     return words, tokens if pos_drop is None else pos_drop(tokens)
 
 
@@ -291,12 +328,10 @@ def run_features(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor:
 
 def run_model(model: nn.Module, plan: ModelPlan, image: Tensor) -> Tensor | None:
     """The model's output, or None if its own forward has to run."""
-    # With a gradient at stake no part is likely to run fused, and checkpointing may be on.
     if (
-        torch.is_grad_enabled()
-        or model.training
-        or not _is_tensor(image)
+        not _is_tensor(image)
         or model_as_written(model, plan) is not None
+        or checkpointed(model, plan) is not None
     ):
         return None
     if image.dim() != 4 or tuple(image.shape[2:]) != plan.pixel.img_size:
@@ -313,64 +348,23 @@ def head(model: nn.Module, plan: ModelPlan, features: Tensor) -> Tensor:
 
 
 def run_class_token(block: nn.Module, plan: BlockPlan, words: Tensor, tokens: Tensor) -> Tensor | None:
-    """The class token [B, 1, d] that a block puts out, or None if not all of the block runs fused.
+    """The class token [B, 1, d] that a block puts out, or None if its outer half does not run fused.
 
     In the last block nothing else is used, which leaves nearly nothing of its outer half to compute.
     """
-    if watched(block) is not None or block_as_written(block, plan) is not None:
+    if (
+        not all(map(_is_tensor, (words, tokens)))
+        or watched(block) is not None
+        or block_as_written(block, plan) is not None
+        or part_as_written(block, plan.outer) is not None
+    ):
         return None
-    chosen = choose_parts(block, plan, words, tokens)
-    if chosen.outer is None or (plan.inner is not None and None in (chosen.inner, chosen.projection)):
+    arguments = part_arguments(block, plan, plan.outer)
+    # Plain PyTorch, which autograd records by itself: a gradient does not stand in the way.
+    backend = dispatch.choose(plan.outer.op, tokens, *arguments.parameters, needs_grad=False)
+    if backend == "reference" or not _one_dtype(arguments, (tokens,)):
         return None
+    chosen = choose_parts(block, plan, words, tokens, outer_half=False)
     _, tokens = _inner_and_projection(block, plan, chosen, words, tokens)
-    return class_token_block(tokens, *chosen.outer.parameters, **chosen.outer.options)
-
-
-def class_token_block(
-    tokens: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    qk_weight: Tensor,
-    qk_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    num_heads: int,
-    scale: float | None,
-    eps1: float,
-    eps2: float,
-) -> Tensor:
-    """The class token that `outer.outer_block` gives, without the others: tokens [B, N, d] -> [B, 1, d].
-
-    With a single query, keys and values need not be made: per head, (Wk y) q = y (Wk^T q), and the mean of
-    the values is Wv times the mean of the y. A bias of the keys moves all scores alike, so that softmax
-    loses it.
-    """
-    batch, _, d = tokens.shape
-    width = d // num_heads
-
-    def per_head(weight: Tensor) -> Tensor:  # [d, d] -> [heads, d / heads, d]
-        return weight.float().unflatten(0, (num_heads, width))
-
-    off = torch.autocast(tokens.device.type, enabled=False) if autocast(tokens) else contextlib.nullcontext()
-    with off:
-        y = outer.layer_norm(tokens.float(), norm1_weight.float(), norm1_bias.float(), eps1)
-        q = F.linear(y[:, 0], qk_weight[:d].float(), None if qk_bias is None else qk_bias[:d].float())
-        q = q.unflatten(1, (num_heads, width)).transpose(0, 1)  # [heads, B, d / heads]
-        keys = (q @ per_head(qk_weight[d:])).permute(1, 2, 0)  # [B, d, heads]
-        weights = ((y @ keys) * (width**-0.5 if scale is None else scale)).softmax(dim=1)  # [B, N, heads]
-        mean = (weights.transpose(1, 2) @ y).transpose(0, 1)  # [heads, B, d]
-        out = (mean @ per_head(v_weight).transpose(1, 2)).transpose(0, 1).reshape(batch, 1, d)
-        if v_bias is not None:
-            out = out + v_bias.float()
-    z = tokens[:, :1] + outer.linear(out.to(tokens.dtype), proj_weight, proj_bias)
-    y = outer.layer_norm(z, norm2_weight, norm2_bias, eps2)
-    return z + outer.linear(outer.linear(y, fc1_weight, fc1_bias, gelu=True), fc2_weight, fc2_bias)
+    options = arguments.options | _noise_options(block, plan, plan.outer, tokens)
+    return class_token_block(tokens, *arguments.parameters, **options)

@@ -8,14 +8,18 @@ call, because hooks, adapters and modes come and go.
 from __future__ import annotations
 
 import inspect
+import itertools
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.dropout import _DropoutNd
+
+from tnt_kernels.models.tnt import DropPath
 
 Path = tuple[str, ...]
 Settings = tuple[
@@ -63,6 +67,7 @@ class ModelNames(NamedTuple):
     outer_pos: str
     cls_token: str = "cls_token"
     pos_drop: str = "pos_drop"
+    head_drop: str = "head_drop"
     blocks: str = "blocks"
     norm: str = "norm"
     head: str = "head"
@@ -108,6 +113,12 @@ class Part:
     op: str
     members: tuple[Member, ...] = ()
     refused: str | None = None  # why their structure has no fused form
+    noise: tuple[Noise, ...] = ()  # what the operation cannot do while it is active
+    drops: tuple[tuple[str, Noise], ...] = ()  # dropout that it does itself: option for the rate, module
+
+    @property
+    def random(self) -> tuple[Noise, ...]:
+        return (*self.noise, *(noise for _, noise in self.drops))
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,9 @@ class BlockPlan:
     shared: tuple[Member, ...]  # children without parameters that belong to no part, such as drop_path
     settings: Settings
     noise: tuple[Noise, ...]
+    stops: tuple[Noise, ...]  # of the noise, what takes the whole block off the fast path while active
+    switches: tuple[str, ...]  # of activation checkpointing
+    fused_drop_path: bool  # whether the operations can apply what drop_path draws
     refused: str | None = None  # why nothing of the block can run fused
     training: bool = True  # whether the fused block may stand for it in training mode too
     per_word: bool = False  # the projection normalises every word on its own (timm's legacy network)
@@ -142,8 +156,11 @@ class ModelPlan:
     stem: Part
     shared: tuple[Member, ...]  # children around the blocks, such as the last norm and the position dropout
     settings: Settings
-    noise: tuple[Noise, ...]
+    noise: tuple[Noise, ...]  # apart from the blocks'
+    stops: tuple[Noise, ...]  # of the noise, what makes the model's own forward run while active
+    switches: tuple[str, ...]  # of activation checkpointing
     refused: str | None = None  # why the model's own forward has to run
+    training: bool = True  # whether it may be passed over in training mode too
 
 
 def plan_block(block: nn.Module) -> BlockPlan | None:
@@ -169,20 +186,44 @@ def _plan_block(block: nn.Module, names: BlockNames) -> BlockPlan:
     elif not has_inner and any(name in children for name in inside):
         refused = f"it lacks {', '.join(name for name in inside if name not in children)}"
 
-    outer = _plan_half(block, names.outer, "outer_block")
+    noise = tuple(_noise_of(block))
+    fused_drop_path = _is_drop_path(children.get(names.drop_path))
+    drop_path = () if fused_drop_path else (names.drop_path,)
+
+    inner = projection = None
+    if has_inner:
+        inner = _plan_half(block, names.inner, "inner_block", _inside((*names.inner, *drop_path), noise))
+        if inner.refused is None:
+            inner = _with_drops(inner, block, names.inner)
+        projection = _plan_projection(block, names.projection)
+    outer = _plan_half(block, names.outer, "outer_block", _inside((*names.outer, *drop_path), noise))
     if names.squeeze in children:
         outer = Part("outer_block", refused=f"squeeze-and-excitation ({names.squeeze}) has no fused form")
+    known = _inside((*roles, names.drop_path), noise)
     return BlockPlan(
         names=names,
-        inner=_plan_half(block, names.inner, "inner_block") if has_inner else None,
-        projection=_plan_projection(block, names.projection) if has_inner else None,
+        inner=inner,
+        projection=projection,
         outer=outer,
         shared=tuple(Member((name,), type(child)) for name, child in extra.items()),
         settings=settings_of(block),
-        noise=tuple(_noise_of(block)),
+        noise=noise,
+        stops=tuple(item for item in noise if item not in known),
+        switches=checkpoint_switches(block),
+        fused_drop_path=fused_drop_path,
         refused=refused,
         per_word=has_inner and children.get(names.projection.norm2) is None,
     )
+
+
+def _is_drop_path(module: object) -> bool:
+    """Whether a module draws what the operations can apply, by its exact type: our DropPath, or timm's."""
+    timm = sys.modules.get("timm.layers.drop")
+    return type(module) in (DropPath, getattr(timm, "DropPath", DropPath))
+
+
+def _inside(names: tuple[str, ...], noise: tuple[Noise, ...]) -> tuple[Noise, ...]:
+    return tuple(item for item in noise if item.path and item.path[0] in names)
 
 
 def _has_state(module: nn.Module) -> bool:
@@ -226,7 +267,16 @@ def settings_of(module: nn.Module) -> Settings:
     return tuple(
         (name, value)
         for name, value in module.__dict__.items()
-        if is_plain(value) and name not in INTERNAL and name not in (*_LIVE, *rates)
+        if is_plain(value)
+        and name not in INTERNAL
+        and name not in (*_LIVE, *rates, *checkpoint_switches(module))
+    )
+
+
+def checkpoint_switches(module: nn.Module) -> tuple[str, ...]:
+    """Attributes that switch activation checkpointing, by name: timm's grad_checkpointing, and the like."""
+    return tuple(
+        name for name, value in module.__dict__.items() if "checkpoint" in name and type(value) is bool
     )
 
 
@@ -237,7 +287,7 @@ def is_plain(value: object) -> bool:
     return value is None or type(value) in (int, float, bool, str)
 
 
-def _plan_half(block: nn.Module, names: HalfNames, op: str) -> Part:
+def _plan_half(block: nn.Module, names: HalfNames, op: str, noise: tuple[Noise, ...]) -> Part:
     norm1, attn, norm2, mlp = (block._modules[name] for name in names)
     why = (
         _no_layer_norm(names.norm1, norm1)
@@ -245,7 +295,33 @@ def _plan_half(block: nn.Module, names: HalfNames, op: str) -> Part:
         or _no_layer_norm(names.norm2, norm2)
         or _no_mlp(names.mlp, mlp)
     )
-    return Part(op, refused=why) if why else Part(op, _members(block, names))
+    return Part(op, refused=why) if why else Part(op, _members(block, names), noise=noise)
+
+
+# Where the inner half's operation has a dropout: its option, the part of the half, the module's names there.
+# TNT and the authors' code use one module twice.
+_DROPS = (
+    ("attn_drop", "attn", ("attn_drop",)),
+    ("proj_drop", "attn", ("proj_drop",)),
+    ("hidden_drop", "mlp", ("drop1", "drop")),
+    ("out_drop", "mlp", ("drop2", "drop")),
+)
+
+
+def _with_drops(part: Part, block: nn.Module, names: HalfNames) -> Part:
+    children: dict[str, Any] = block._modules
+    drops = []
+    for option, owner, known in _DROPS:
+        path = getattr(names, owner)
+        found = (name for name in known if type(children[path]._modules.get(name)) is nn.Dropout)
+        drops += [(option, Noise((path, name), "p")) for name in itertools.islice(found, 1)]
+    fused = {noise for _, noise in drops}
+    return replace(part, noise=tuple(noise for noise in part.noise if noise not in fused), drops=tuple(drops))
+
+
+def without_drops(part: Part) -> Part:
+    """The part with its dropout left to its modules."""
+    return replace(part, noise=tuple(dict.fromkeys(part.random)), drops=())
 
 
 def _plan_projection(module: nn.Module, names: ProjectionNames) -> Part:
@@ -384,13 +460,17 @@ def plan_model(model: nn.Module) -> ModelPlan | None:
     around = [
         (name, child) for name, child in model._modules.items() if child is not None and name not in apart
     ]
+    noise = tuple(noise for noise in _noise_of(model) if noise.path[:1] != (names.blocks,))
+    called = _inside((names.pos_drop, names.head_drop), noise)
     return ModelPlan(
         names=names,
         pixel=pixel,
         stem=_plan_projection(model, names.projection),
         shared=tuple(Member((name,), type(child)) for name, child in around),
         settings=settings_of(model),
-        noise=tuple(noise for noise in _noise_of(model) if noise.path[:1] != (names.blocks,)),
+        noise=noise,
+        stops=tuple(item for item in noise if item not in called),
+        switches=checkpoint_switches(model),
     )
 
 
@@ -428,12 +508,18 @@ def reset(module: nn.Module, settings: Settings) -> str | None:
     return None
 
 
+def submodule(root: nn.Module, path: Path) -> Any:
+    """The module at a path, or None."""
+    module: Any = root
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
 def changed(root: nn.Module, members: tuple[Member, ...]) -> str | None:
     """What of these modules is no longer as it was planned, or None."""
     for path, kind, shapes, settings in members:
-        module: Any = root
-        for name in path:
-            module = None if module is None else module._modules.get(name)
+        module = submodule(root, path)
         if type(module) is not (type(None) if kind is None else kind):
             return f"{'.'.join(path)} {_replaced(module, kind)}"
         if module is None:
@@ -456,11 +542,18 @@ def changed(root: nn.Module, members: tuple[Member, ...]) -> str | None:
 def active_noise(root: nn.Module, noise: tuple[Noise, ...]) -> str | None:
     """Which dropout or drop path would act now, or None."""
     for path, rate in noise:
-        module: Any = root
-        for name in path:
-            module = None if module is None else module._modules.get(name)
+        module = submodule(root, path)
         if module is not None and module.training and getattr(module, rate, None):
             return f"{'.'.join(path)} is active ({rate}={getattr(module, rate):g})"
+    return None
+
+
+def checkpointed(module: nn.Module, plan: BlockPlan | ModelPlan) -> str | None:
+    """Why a module has to run as it is written so as to keep fewer activations for backward, or None."""
+    if torch.is_grad_enabled():
+        for name in plan.switches:
+            if module.__dict__.get(name):
+                return f"activation checkpointing is on ({name})"
     return None
 
 
@@ -472,7 +565,8 @@ def block_as_written(block: nn.Module, plan: BlockPlan) -> str | None:
         return "in training mode it computes something else than a TNT block"
     return (
         everything_as_written()
-        or active_noise(block, plan.noise)
+        or checkpointed(block, plan)
+        or active_noise(block, plan.stops)
         or changed(block, plan.shared)
         or reset(block, plan.settings)
     )
@@ -485,9 +579,11 @@ def model_as_written(model: nn.Module, plan: ModelPlan) -> str | None:
     for name in ("forward_features", "forward_head"):
         if name in model.__dict__:
             return f"{name} is set on the instance"
+    if model.training and not plan.training:
+        return "in training mode it computes something else than a TNT"
     return (
         everything_as_written()
-        or active_noise(model, plan.noise)
+        or active_noise(model, plan.stops)
         or changed(model, plan.shared)
         or reset(model, plan.settings)
     )
@@ -507,4 +603,6 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def part_as_written(module: nn.Module, part: Part) -> str | None:
     """Why a part has to run as it is written, as far as its modules tell, or None."""
-    return part.refused if part.refused is not None else changed(module, part.members)
+    if part.refused is not None:
+        return part.refused
+    return active_noise(module, part.noise) or changed(module, part.members)

@@ -2,15 +2,16 @@
 
 Names and types alone could be wrong: a block with a TNT's children may have a forward of its own. Before
 anything stands in for a user's module, a copy of it with other, random parameters runs in float64 on a few
-sentences, beside the same parameters through the reference operations. The user's module is not called, nor
-are its hooks.
+sentences, beside the same parameters through the reference operations: in eval mode, in training mode, and
+with drop path and dropout at work, which have to be drawn in the same order. The user's module is not called,
+nor are its hooks.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +20,25 @@ from torch import Tensor, nn
 
 from tnt_kernels import dispatch
 from tnt_kernels.models import fused
-from tnt_kernels.models.plan import BlockPlan, ModelPlan, PixelPlan
-from tnt_kernels.models.tnt import SE
+from tnt_kernels.models.plan import (
+    BlockPlan,
+    ModelPlan,
+    Noise,
+    Part,
+    PixelPlan,
+    active_noise,
+    without_drops,
+)
+from tnt_kernels.models.tnt import SE, Attention, Mlp
 
 # Far above the rounding of a user's forward that computes its softmax or norms in float32, and far below what
 # another activation, scale or order of operations makes of random parameters.
 TOLERANCE = 1e-6
 
 IMAGES, SENTENCES = 2, 3
+
+RATE = 0.4  # of every drop path and dropout in a noisy test run
+SEED = 8  # of what they drop there: something in each branch of a block, and never all of it
 
 GIVES_NAN = "its forward gives NaN in a test run"
 
@@ -65,7 +77,8 @@ def clone(
             return None
         if id(old) in modules:
             return modules[id(old)]
-        new = modules[id(old)] = old.__class__.__new__(old.__class__)
+        # Not by __new__ of the class: that of a sharded module (FSDPModule) calls the constructor.
+        new = modules[id(old)] = object.__new__(old.__class__)
         state = dict(old.__dict__)
         for name, value in state.items():
             if type(value) in (list, dict, set):  # a forward may write into them
@@ -89,7 +102,7 @@ def _random_like(name: str, old: nn.Parameter, generator: torch.Generator) -> nn
     if old.dim() < 2:
         mean = 1.0 if name == "weight" else 0.0
     else:
-        spread = 2.5 * old[0].numel() ** -0.5
+        spread = 2.5 * math.prod(old.shape[1:]) ** -0.5
     return nn.Parameter(_random(generator, *old.shape, mean=mean, spread=spread), requires_grad=False)
 
 
@@ -122,7 +135,9 @@ def _compare(
         dispatch.use_backend("reference"),
     ):
         try:
+            torch.default_generator.manual_seed(SEED)
             expected = exact()
+            torch.default_generator.manual_seed(SEED)
             before = _stored(module)
             given = run()
             left = [name for name, held in _stored(module).items() if before.get(name) != held]
@@ -155,36 +170,105 @@ def _random(generator: torch.Generator, *shape: int, mean: float = 0.3, spread: 
 
 
 def prove_block(block: nn.Module, plan: BlockPlan) -> BlockPlan:
-    """The plan with what a test run found against it: nothing, `refused`, or not `training`."""
+    """The plan with what test runs found against it: `refused`, not `training`, noise that `stops` it."""
     if plan.refused is not None:
         return plan
     generator = torch.Generator().manual_seed(0)
     try:
-        twin = clone(block, generator)
+        twin = clone(block, generator).eval()
         words, tokens = _block_input(twin, plan, generator)
-    except Exception as error:  # a class that cannot be made without its constructor, a norm of unknown width
+    except Exception as error:  # attributes that refuse to be copied, a norm of unknown width
         return replace(plan, refused=f"a copy for a test run cannot be made: {type(error).__name__}: {error}")
-    chosen = fused.Chosen(
-        *(
-            None if part is None or part.refused is not None else fused.part_arguments(twin, plan, part)
-            for part in (plan.inner, plan.projection, plan.outer)
-        )
-    )
 
-    def found(training: bool) -> str | None:
-        twin.train(training)
+    def found() -> str | None:
+        chosen = fused.Chosen(
+            *(
+                None
+                if part is None or part.refused is not None or active_noise(twin, part.random)
+                else fused.part_arguments(twin, plan, part)
+                for part in (plan.inner, plan.projection, plan.outer)
+            )
+        )
         return _compare(
             twin,
             lambda: twin(words.clone(), tokens.clone()),
             lambda: fused.compose(twin, plan, chosen, words, tokens),
         )
 
-    refused = found(training=False)
+    refused = found()
     if refused is not None:
         return replace(plan, refused=refused)
-    for path, rate in plan.noise:
-        setattr(twin.get_submodule(".".join(path)), rate, 0.0)
-    return replace(plan, training=found(training=True) is None)
+    drop_path = tuple(noise for noise in plan.noise if noise.path == (plan.names.drop_path,))
+    # Drop path as the operations apply it, then all noise as the modules draw it.
+    changes = _in_training(twin, plan, [drop_path, plan.noise], found)
+    plan = replace(plan, **changes)
+    inner = plan.inner
+    if (
+        not changes
+        and inner is not None
+        and inner.drops
+        and _drops_otherwise(twin, plan, inner, words, tokens)
+    ):
+        plan = replace(plan, inner=without_drops(inner))
+    return plan
+
+
+def _drops_otherwise(
+    twin: nn.Module, plan: BlockPlan, part: Part, words: Tensor, tokens: Tensor
+) -> str | None:
+    """Why the dropout of an inner half is not where `TNT` has it, or None.
+
+    The operation draws otherwise than the modules: with the same draws, this package's Attention and Mlp
+    stand for it.
+    """
+    names, rates = plan.names.inner, {option: RATE for option, _ in part.drops}
+    theirs: dict[str, Any] = twin._modules
+    attn, mlp = theirs[names.attn], theirs[names.mlp]
+    width, hidden = attn.qk.in_features, mlp.fc1.out_features
+    attn_drop, proj_drop, drop = (rates.get(key, 0.0) for key in ("attn_drop", "proj_drop", "hidden_drop"))
+    with torch.device("meta"):  # draws nothing; the layers are theirs
+        ours_attn = Attention(
+            width, width, attn.num_heads, False, attn.__dict__.get("scale"), attn_drop, proj_drop
+        )
+        ours_mlp = Mlp(width, hidden, width, drop=drop)
+    for ours, other, children in ((ours_attn, attn, ("qk", "v", "proj")), (ours_mlp, mlp, ("fc1", "fc2"))):
+        ours._modules.update({name: other._modules[name] for name in children})
+    standard = nn.Module()
+    standard._modules.update({**theirs, names.attn: ours_attn, names.mlp: ours_mlp})
+    _set_rates(twin, plan.noise, 0.0)
+    _set_rates(twin, tuple(noise for _, noise in part.drops), RATE)
+    as_written = fused.Chosen(None, None, None)
+    return _compare(
+        twin,
+        lambda: twin(words.clone(), tokens.clone()),
+        lambda: fused.compose(standard, plan, as_written, words, tokens),
+    )
+
+
+def _in_training(
+    twin: nn.Module,
+    plan: BlockPlan | ModelPlan,
+    kinds: Sequence[tuple[Noise, ...]],
+    found: Callable[[], str | None],
+) -> dict[str, Any]:
+    """What test runs in training mode, quiet and then with each kind of noise, change in a plan."""
+    try:
+        twin.train()
+        _set_rates(twin, plan.noise, 0.0)
+        if found() is not None:
+            return {"training": False}
+        for noise in kinds:
+            _set_rates(twin, noise, RATE)
+            if noise and found() is not None:
+                return {"stops": plan.noise}
+    except Exception:  # a train() of the user's, or a rate that cannot be set
+        return {"training": False}
+    return {}
+
+
+def _set_rates(module: nn.Module, noise: tuple[Noise, ...], rate: float) -> None:
+    for path, name in noise:
+        setattr(module.get_submodule(".".join(path)), name, rate)
 
 
 def _block_input(block: nn.Module, plan: BlockPlan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -276,11 +360,16 @@ def prove_model(model: nn.Module, plan: ModelPlan) -> ModelPlan:
         return replace(plan, refused=f"a copy for a test run cannot be made: {type(error).__name__}: {error}")
     proj: Any = twin.get_submodule(names.pixel_embed)._modules["proj"]
     image = _random(generator, IMAGES, proj.in_channels, *plan.pixel.img_size)
-    why = _compare(
-        twin,
-        lambda: twin(image.clone()),
-        lambda: (fused.head(twin, plan, fused.run_features(twin, plan, image)),),
-    )
-    if why == GIVES_NAN:
-        why = "its forward uses more than the class token"
-    return plan if why is None else replace(plan, refused=why)
+
+    def found() -> str | None:
+        return _compare(
+            twin,
+            lambda: twin(image.clone()),
+            lambda: (fused.head(twin, plan, fused.run_features(twin, plan, image)),),
+        )
+
+    why = found()
+    if why is not None:
+        why = "its forward uses more than the class token" if why == GIVES_NAN else why
+        return replace(plan, refused=why)
+    return replace(plan, **_in_training(twin, plan, [plan.noise], found))

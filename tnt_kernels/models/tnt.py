@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Size = int | tuple[int, int]
 
@@ -361,6 +362,7 @@ class TNT(nn.Module):
             )
             for i in range(depth)
         )
+        self.grad_checkpointing = False
         self.norm = norm_layer(outer_dim)
         self.head: nn.Module = nn.Linear(outer_dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -380,6 +382,13 @@ class TNT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimiser should not decay (besides biases and norms)."""
         return {"outer_pos", "inner_pos", "cls_token"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether to keep only the input of every block for the backward pass, which runs the block again.
+
+        Dropout and drop path fall in the second run as in the first.
+        """
+        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -412,7 +421,10 @@ class TNT(nn.Module):
         """Class token after the last norm, [B, outer_dim]."""
         words, sentences = self.embed(x)
         for block in self.blocks:
-            words, sentences = block(words, sentences)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                words, sentences = checkpoint(block, words, sentences, use_reentrant=False)
+            else:
+                words, sentences = block(words, sentences)
         return self.norm(sentences)[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
