@@ -2,8 +2,10 @@
 
     python benchmarks/ops.py                                   # every op, sizes of TNT-S, TNT-B and c = 48
     python benchmarks/ops.py --op inner_block --tiers          # also every usable SIMD tier
+    python benchmarks/ops.py --backward                        # forward + backward, gradients of all tensors
 
-The results go to benchmarks/results/ops-DEVICE.json; `report.py` makes tables and plots of them.
+The results go to benchmarks/results/ops-DEVICE.json, or ops-backward-DEVICE.json; `report.py` makes tables
+and plots of them.
 """
 
 from __future__ import annotations
@@ -33,14 +35,16 @@ def main() -> int:
     )
     parser.add_argument("--batch", nargs="+", type=positive, default=[8])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--backward", action="store_true", help="forward + backward, all gradients")
     parser.add_argument("--tiers", action="store_true", help="also every SIMD tier")
+    parser.add_argument("--baselines", nargs="+", choices=list(ops.BASELINES), help="default: no tiers")
     parser.add_argument("--rounds", type=positive, default=10)
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--memory", action="store_true", help="also peak memory (one process per entry)")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     cases = [
-        ops.OpCase(op, model, batch, dtype)
+        ops.OpCase(op, model, batch, dtype, arguments.backward)
         for op in arguments.op
         for model in arguments.model
         for batch in arguments.batch
@@ -48,13 +52,14 @@ def main() -> int:
     ]
     document = run(
         cases,
-        [name for name in ops.BASELINES if arguments.tiers or name in ops.DEFAULT_NAMES],
+        arguments.baselines or list(ops.BASELINES if arguments.tiers else ops.DEFAULT_NAMES),
         rounds=arguments.rounds,
         threads=arguments.threads,
         with_memory=arguments.memory,
         progress=Bar(),
     )
-    path = arguments.output or RESULTS / f"ops-{slug(document['device'])}.json"
+    name = "ops-backward" if arguments.backward else "ops"
+    path = arguments.output or RESULTS / f"{name}-{slug(document['device'])}.json"
     results.save(document, path)
     print(results.report(document))
     print(f"\nwritten to {path}")

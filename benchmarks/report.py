@@ -3,7 +3,8 @@
     python benchmarks/report.py                          # every file of benchmarks/results
     python benchmarks/report.py FILE.json --output DIR   # tables and plots of one file
 
-Beside each FILE.json go FILE.md (tables) and FILE.png (images per second of every case).
+Beside each FILE.json go FILE.md (tables) and FILE.png (images per second of every case; of one that was not
+timed, the memory held for backward).
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ def main() -> int:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """One panel per case: a bar per entry that was timed, with its quartiles."""
+    """One panel per case: a bar per entry that was measured."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path.name}: no plot, matplotlib is not installed", file=sys.stderr)
         return
-    cases = [r for r in document["results"] if any(e["status"] == "ok" for e in r["entries"])]
+    cases = [result for result in document["results"] if measured(result)]
     if not cases:
         return
     columns = min(2, len(cases))
     rows = math.ceil(len(cases) / columns)
-    bars = max(sum(e["status"] == "ok" for e in r["entries"]) for r in cases)
+    bars = max(len(measured(case)) for case in cases)
     figure = Figure(figsize=(7.5 * columns, rows * (0.9 + 0.32 * bars)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flat
@@ -73,22 +74,34 @@ def plot(document: dict[str, Any], path: Path) -> None:
     print(path)
 
 
+def measured(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries that were timed; where none was, those whose memory is known."""
+    timed = [e for e in case["entries"] if "per_second" in e]
+    return timed or [e for e in case["entries"] if "saved_mib" in e.get("memory", {})]
+
+
 def panel(axes: Any, case: dict[str, Any]) -> None:
-    entries = [e for e in case["entries"] if e["status"] == "ok"]
-    speeds = [e["per_second"] for e in entries]
-    low = [e["per_second"] - 1e3 * case["items"] / e["high_ms"] for e in entries]
-    high = [1e3 * case["items"] / e["low_ms"] - e["per_second"] for e in entries]
+    entries = measured(case)
+    high = [0.0] * len(entries)
+    if "per_second" in entries[0]:
+        unit, values = case["unit"], [e["per_second"] for e in entries]
+        low = [e["per_second"] - 1e3 * case["items"] / e["high_ms"] for e in entries]
+        high = [1e3 * case["items"] / e["low_ms"] - e["per_second"] for e in entries]
+        axes.errorbar(
+            values, range(len(entries)), xerr=(low, high), fmt="none", ecolor="#333333", elinewidth=1
+        )
+    else:
+        unit, values = "MiB held for backward", [e["memory"]["saved_mib"] for e in entries]
     ours = {"fast", "fast_compile", "accelerate"}
     colours = [OURS if e["name"] in ours or e["name"].startswith("tier_") else OTHERS for e in entries]
-    axes.barh(range(len(entries)), speeds, color=colours)
-    axes.errorbar(speeds, range(len(entries)), xerr=(low, high), fmt="none", ecolor="#333333", elinewidth=1)
-    for i, (speed, above) in enumerate(zip(speeds, high, strict=True)):
-        text = f"{speed:,.1f}" if speed < 1000 else f"{speed:,.0f}"
-        axes.annotate(text, (speed + above, i), xytext=(5, 0), textcoords="offset points", va="center")
+    axes.barh(range(len(entries)), values, color=colours)
+    for i, (value, above) in enumerate(zip(values, high, strict=True)):
+        text = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+        axes.annotate(text, (value + above, i), xytext=(5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(entries)), [e["label"] for e in entries])
     axes.invert_yaxis()
-    axes.set_xlim(0, max(map(sum, zip(speeds, high, strict=True))) * 1.15)
-    axes.set_xlabel(case["unit"])
+    axes.set_xlim(0, max(map(sum, zip(values, high, strict=True))) * 1.15)
+    axes.set_xlabel(unit)
     axes.set_title(case["title"], fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 

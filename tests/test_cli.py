@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tnt_kernels import native
+from tnt_kernels import dispatch, native
 from tnt_kernels.__main__ import main
 from tnt_kernels._timm import import_timm
 from tnt_kernels.bench import accuracy
@@ -78,8 +80,10 @@ def test_verify_quick_passes(capsys):
     assert main(["verify", "--quick"]) == 0
     text = capsys.readouterr().out
     assert "FAILED" not in text
-    for what in ("pixel_embed", "inner_block", "word_to_sentence", "outer_block", "FastTNT"):
+    for what in ("pixel_embed", "inner_block", "word_to_sentence", "outer_block", "FastTNT", "training step"):
         assert what in text
+    for op in dispatch.TRAINABLE:
+        assert f"{op} gradients" in text
 
 
 def test_verify_fails_on_a_wrong_result(capsys, monkeypatch):
@@ -104,6 +108,20 @@ def test_verify_fails_on_a_wrong_result(capsys, monkeypatch):
     assert "FAILED inner_attention" in text
     assert "FAILED broken, x, float32" in text
     assert "ZeroDivisionError" in text
+    assert "1 of 3 passed" in text
+
+
+def test_verify_names_the_wrong_gradient(capsys, monkeypatch):
+    right = verify._op_gradients("inner_mlp", "tnt_ti", 1, verify.PRECISIONS[0])
+    wrong = {**right.eager(), "x": [right.eager()["x"][0] * 1.001]}
+    subject = dataclasses.replace(right, ours=lambda: wrong)
+    missing = dataclasses.replace(right, what="missing", ours=lambda: {"x": wrong["x"]})
+    monkeypatch.setattr(verify, "_subjects", lambda quick: [right, subject, missing])
+    assert main(["verify"]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED inner_mlp gradients, TNT-Ti, float32" in text
+    assert "error of x " in text
+    assert "error of small parameters inf" in text
     assert "1 of 3 passed" in text
 
 
@@ -139,11 +157,41 @@ def test_bench_fails_where_a_check_fails(monkeypatch, capsys):
     assert "WRONG, not timed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "x"])
-def test_bad_numbers_are_refused(value, capsys):
+def test_bench_of_training(tmp_path, capsys):
+    output = tmp_path / "r.json"
+    arguments = ["--model", "tnt_ti", "--batch", "1", "--dtype", "float32", "--rounds", "1", "--no-memory"]
+    arguments += ["--train", "--drop-path", "0.1", "--baselines", "reference", "fast"]
+    assert main(["bench", *arguments, "--output", str(output)]) == 0
+    assert "TNT-Ti, training step, batch 1, float32, drop path 0.1" in capsys.readouterr().out
+    (result,) = json.loads(output.read_text())["results"]
+    assert (result["kind"], result["drop_path"]) == ("training", 0.1)
+    assert [e["status"] for e in result["entries"]] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--drop-path", "0.1"), "--drop-path needs --train"),
+        (("--train", "--baselines", "openvino"), "baselines must be of timm, .*; got openvino"),
+    ],
+)
+def test_bench_refuses_what_does_not_go_together(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        *(("--batch", value, "a whole number of at least 1") for value in ("0", "-1", "x")),
+        *(("--rounds", value, "a whole number of at least 0") for value in ("-1", "x")),
+        *(("--drop-path", value, r"a number in [0, 1)") for value in ("1", "-0.1", "nan", "x")),
+    ],
+)
+def test_bad_numbers_are_refused(option, value, needed, capsys):
     with pytest.raises(SystemExit):
-        main(["bench", "--batch", value])
-    assert "a whole number of at least 1 is needed" in capsys.readouterr().err
+        main(["bench", option, value])
+    assert f"{needed} is needed" in capsys.readouterr().err
 
 
 def demo_arguments(tmp_path: Path, *more: str) -> list[str]:

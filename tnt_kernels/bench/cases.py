@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+
+from tnt_kernels.bench.accuracy import Result
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -20,14 +21,18 @@ class NotRunError(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """A baseline that is ready: `call()` runs it once and returns its output.
+    """A baseline that is ready: `call()` runs it once, which is what is timed.
 
-    `precision` is what it really computes in, where that is not the case's; `note` says so in words.
+    precision: what it really computes in, where that is not the case's; `note` says so in words.
+    result: gives what is checked, where a call returns something else.
+    saved_bytes: of a case with a backward pass, how much the forward pass holds for it.
     """
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Result]
     precision: torch.dtype
     note: str = ""
+    result: Callable[[], Result] | None = None
+    saved_bytes: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ class Case(Protocol):
     def unit(self) -> str: ...
     def fields(self) -> dict[str, Any]: ...
     def baselines(self) -> Mapping[str, Baseline]: ...
-    def exact(self, family: str) -> Tensor: ...
-    def eager(self, family: str) -> Tensor: ...
-    def checked(self, output: Tensor) -> Tensor: ...
+    def exact(self, family: str) -> Result: ...
+    def eager(self, family: str) -> Result: ...
+    def checked(self, result: Any) -> Result: ...
 
 
 def check_dtype(dtype: str) -> torch.dtype:

@@ -1,10 +1,10 @@
 """Resident memory of one baseline, measured in a process that holds nothing else.
 
 The process sets the baseline up, calls it twice, gives freed memory back to the system, and then watches
-its own peak over three more calls. `peak_mib` is that peak (interpreter, libraries, weights, packed copies
-and what a forward pass needs); `forward_mib` is the part of it that was not resident between calls. Linux
-alone can reset the peak; elsewhere `peak_mib` is that of the whole process with its set-up, and
-`forward_mib` is None.
+its own peak over three more calls. `peak_mib` is that peak (interpreter, libraries, weights, packed copies,
+optimizer state, and what a call needs); `call_mib` is the part of it that was not resident between calls.
+Linux alone can reset the peak; elsewhere `peak_mib` is that of the whole process with its set-up, and
+`call_mib` is None. Where a call has a backward pass, `saved_mib` is what the forward pass holds for it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def watch(call: Any) -> dict[str, Any]:
             call()
         return {
             "peak_mib": whole_process_mib(),
-            "forward_mib": None,
+            "call_mib": None,
             "measure": "peak of the process with set-up",
         }
     resident = status_mib("VmRSS")
@@ -94,7 +94,7 @@ def watch(call: Any) -> dict[str, Any]:
         raise RuntimeError("/proc/self/status has no VmHWM or no VmRSS")
     return {
         "peak_mib": round(peak, 1),
-        "forward_mib": round(max(peak - resident, 0.0), 1),
+        "call_mib": round(max(peak - resident, 0.0), 1),
         "measure": "peak of the process over calls after warm-up",
     }
 
@@ -108,7 +108,10 @@ def main(argument: str) -> int:
     torch.set_num_threads(request["threads"])
     case = case_of(request["kind"], request["fields"])
     runner = case.baselines()[request["name"]].build(case, Path(request["artifacts"]))
-    print(json.dumps(watch(runner.call)), flush=True)
+    found = watch(runner.call)
+    if runner.saved_bytes is not None:
+        found["saved_mib"] = round(runner.saved_bytes() / 2**20, 1)
+    print(json.dumps(found), flush=True)
     return 0
 
 

@@ -97,10 +97,10 @@ def checked_images(batch: int) -> list[int]:
     return sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
 
 
-@functools.lru_cache(maxsize=1)
-def reference(model: str) -> TNT:
+@functools.lru_cache(maxsize=2)
+def reference(model: str, drop_path_rate: float = 0.0) -> TNT:
     """This package's plain TNT with seeded weights: the one source of weights for every entry."""
-    made = TNT(**size_of(model).arguments()).eval()
+    made = TNT(**size_of(model).arguments(), drop_path_rate=drop_path_rate).eval()
     randomize(made)
     return made
 
@@ -112,25 +112,29 @@ def timm_module() -> Any:
         raise NotRunError(str(error)) from error
 
 
-def timm_tnt(model: str) -> nn.Module:
+def timm_tnt(model: str, drop_path_rate: float = 0.0) -> nn.Module:
     """timm's TNT with the weights of `reference(model)`."""
     timm = timm_module()
-    made = timm.models.tnt.TNT(**size_of(model).timm_arguments()).eval()
-    made.load_state_dict(to_timm(reference(model).state_dict()))
+    made = timm.models.tnt.TNT(**size_of(model).timm_arguments(), drop_path_rate=drop_path_rate).eval()
+    made.load_state_dict(to_timm(reference(model, drop_path_rate).state_dict()))
     return made
+
+
+def eager_network(model: str, family: str, drop_path_rate: float = 0.0) -> nn.Module:
+    """A network of a family as eager PyTorch runs it; TNT without timm is this package's plain one."""
+    if family == "deit":
+        made = timm_module().create_model(size_of(model).deit, drop_path_rate=drop_path_rate).eval()
+        return randomize(made)
+    try:
+        return timm_tnt(model, drop_path_rate)
+    except NotRunError:
+        return copy.deepcopy(reference(model, drop_path_rate))
 
 
 @functools.lru_cache(maxsize=2)
 def eager_model(model: str, family: str) -> nn.Module:
-    """The network of a family as eager PyTorch runs it; TNT without timm is this package's plain one."""
-    if family == "deit":
-        made = timm_module().create_model(size_of(model).deit).eval()
-        randomize(made)
-        return made
-    try:
-        return timm_tnt(model)
-    except NotRunError:
-        return reference(model)
+    """`eager_network`, made once; nobody changes it."""
+    return eager_network(model, family)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,10 +1,14 @@
-"""Operators against their baselines: eager PyTorch, torch.compile, this package, and each SIMD tier of it."""
+"""Operators against their baselines: eager PyTorch, torch.compile, this package, and each SIMD tier of it.
+
+Forward alone, or with the gradients of all inputs and parameters.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tnt_kernels import native, ops, outer
+from tnt_kernels.bench.accuracy import Gradients, Result
 from tnt_kernels.bench.cases import Baseline, NotRunError, Runner, check_dtype, compiled, torch_call
+from tnt_kernels.bench.gradients import by_size
 from tnt_kernels.bench.sizes import IMAGE_SIZE, SENTENCES, WORDS, Size, size_of
 from tnt_kernels.dispatch import use_backend
 
@@ -116,12 +122,49 @@ def arguments(op: str, model: str, batch: int, dtype: torch.dtype = torch.float3
     return tuple(None if t is None else t.to(dtype) for t in tensors), options
 
 
+class Backward:
+    """Forward and backward pass of an operator: gradients of all its tensors, for a seeded upstream gradient.
+
+    tensors, options: arguments of a call; dtype: what the upstream gradient is rounded to.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], tensors: Sequence[Tensor | None], options: dict[str, Any],
+        dtype: torch.dtype, autocast: bool = False,
+    ) -> None:  # fmt: skip
+        self.function = functools.partial(function, **options)
+        self.tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        self.autocast = autocast
+        self.wanted = [t for t in self.tensors if t is not None]
+        with torch.no_grad():
+            out = self.forward()
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        self.upstream = upstream.to(dtype).to(out.dtype)
+
+    def forward(self) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return self.function(*self.tensors)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Of the tensors that are there, in their order."""
+        return torch.autograd.grad(self.forward(), self.wanted, self.upstream)
+
+    def result(self, op: str) -> Gradients:
+        """Gradients in the groups that they are judged by."""
+        names = inspect.signature(OPS[op].function).parameters
+        given = [name for name, t in zip(names, self.tensors, strict=False) if t is not None]
+        return by_size(dict(zip(given, self.gradients(), strict=True)))
+
+
 @functools.lru_cache(maxsize=2)
-def exact(op: str, model: str, batch: int) -> Tensor:
-    """The result in float64."""
+def exact(op: str, model: str, batch: int, backward: bool = False) -> Result:
+    """The result in float64, or the gradients."""
     tensors, options = arguments(op, model, batch, torch.float64)
-    with use_backend("reference"), torch.inference_mode():
-        return OPS[op].function(*tensors, **options)
+    with use_backend("reference"):
+        if backward:
+            return Backward(OPS[op].function, tensors, options, torch.float32).result(op)
+        with torch.inference_mode():
+            return OPS[op].function(*tensors, **options)
 
 
 @contextlib.contextmanager
@@ -143,12 +186,16 @@ def forced_tier(tier: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operator at the shapes of a model: 196 sentences of 16 words per image, 224 px."""
+    """One operator at the shapes of a model: 196 sentences of 16 words per image, 224 px.
+
+    dtype float32, or bfloat16: autocast over float32 tensors. backward: with the gradients of all tensors.
+    """
 
     op: str
     model: str
     batch: int
     dtype: str = "float32"
+    backward: bool = False
 
     kind = "op"
     unit = "images/s"
@@ -163,8 +210,8 @@ class OpCase:
 
     @property
     def title(self) -> str:
-        size = size_of(self.model)
-        return f"{self.op}, {size.title} (c={size.inner}, d={size.outer}), batch {self.batch}, {self.dtype}"
+        size, what = size_of(self.model), f"{self.op}{', forward + backward' * self.backward}"
+        return f"{what}, {size.title} (c={size.inner}, d={size.outer}), batch {self.batch}, {self.dtype}"
 
     @property
     def items(self) -> int:
@@ -176,27 +223,37 @@ class OpCase:
     def baselines(self) -> Mapping[str, Baseline]:
         return BASELINES
 
-    def exact(self, family: str) -> Tensor:
-        return exact(self.op, self.model, self.batch)
+    def exact(self, family: str) -> Result:
+        return exact(self.op, self.model, self.batch, self.backward)
 
-    def eager(self, family: str) -> Tensor:
-        return _eager(self, Path()).call()
+    def eager(self, family: str) -> Result:
+        runner = _eager(self, Path())
+        return (runner.result or runner.call)()
 
-    def checked(self, output: Tensor) -> Tensor:
-        return output
+    def checked(self, result: Result) -> Result:
+        return result
 
 
 def _runner(case: OpCase, function: Callable[..., Tensor], backend: str, tier: str | None = None) -> Runner:
     tensors, options = arguments(case.op, case.model, case.batch)
-    once = torch_call(functools.partial(function, **options), tensors, case.dtype)
+    precision = check_dtype(case.dtype)
 
-    def call() -> Tensor:
+    def on_path(once: Callable[[], Any]) -> Any:
         with use_backend(backend), forced_tier(tier) if tier else contextlib.nullcontext():
             return once()
 
+    if case.backward:
+        autocast = precision is torch.bfloat16
+        backward = on_path(lambda: Backward(function, tensors, options, torch.float32, autocast))
+        return Runner(
+            lambda: on_path(backward.gradients),
+            precision,
+            result=lambda: on_path(lambda: backward.result(case.op)),
+        )
+    once = torch_call(functools.partial(function, **options), tensors, case.dtype)
     if tier:
-        call()
-    return Runner(call, check_dtype(case.dtype))
+        on_path(once)
+    return Runner(lambda: on_path(once), precision)
 
 
 def _eager(case: OpCase, artifacts: Path) -> Runner:

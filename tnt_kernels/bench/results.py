@@ -15,8 +15,19 @@ RATIOS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("/ eager DeiT", ("deit",)),
         ("/ compiled DeiT", ("deit_compile",)),
     ],
+    "training": [
+        ("/ eager TNT", ("timm",)),
+        ("/ compiled TNT", ("compile",)),
+        ("/ eager DeiT", ("deit",)),
+    ],
     "op": [("/ eager", ("eager",)), ("/ compiled", ("compile",))],
 }
+
+
+# Column of every measure of memory.
+MEMORY = {"saved_mib": "held MiB", "call_mib": "call MiB", "peak_mib": "peak MiB"}
+
+Column = tuple[str, dict[str, str]]  # header, and the cells of the entries that have one
 
 
 def save(document: dict[str, Any], path: Path) -> None:
@@ -47,7 +58,7 @@ def wrong(document: dict[str, Any]) -> list[str]:
 
 def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Speed of every entry over that of others: {column: {entry: ratio}}. Only columns whose others ran."""
-    speed = {e["name"]: e["per_second"] for e in result["entries"] if e["status"] == "ok"}
+    speed = {e["name"]: e["per_second"] for e in result["entries"] if "per_second" in e}
     found = {}
     for column, names in RATIOS[result["kind"]]:
         base = max((speed[name] for name in names if name in speed), default=None)
@@ -72,31 +83,66 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """The entries of one case that were timed."""
-    columns = ratios(result)
-    headers = ["", result["unit"], "ms", "spread", *columns, "peak MiB", "forward MiB", "error / eager's"]
-    rows = []
-    for entry in result["entries"]:
-        if entry["status"] != "ok":
+    """The entries of one case that passed their check."""
+    entries = [entry for entry in result["entries"] if entry["status"] == "ok"]
+    columns = [*_time_columns(result), *_memory_columns(result), _error_column(entries)]
+    rows = [[e["label"], *(cells.get(e["name"], "-") for _, cells in columns)] for e in entries]
+    return table(["", *(header for header, _ in columns)], rows, right=range(1, len(columns) + 1))
+
+
+def _time_columns(result: dict[str, Any]) -> list[Column]:
+    timed = [entry for entry in result["entries"] if "median_ms" in entry]
+    if not timed:
+        return []
+    return [
+        (result["unit"], {e["name"]: f"{e['per_second']:.1f}" for e in timed}),
+        ("ms", {e["name"]: f"{e['median_ms']:.{2 if e['median_ms'] < 100 else 0}f}" for e in timed}),
+        ("spread", {e["name"]: f"{e['spread']:.1%}" for e in timed}),
+        *((header, _numbers(values, 2)) for header, values in ratios(result).items()),
+    ]
+
+
+def _memory_columns(result: dict[str, Any]) -> list[Column]:
+    _, (eager, *_) = RATIOS[result["kind"]][0]
+    columns: list[Column] = []
+    for key, header in MEMORY.items():
+        found = {e["name"]: e.get("memory", {}).get(key) for e in result["entries"]}
+        values = {name: value for name, value in found.items() if value is not None}
+        if not values:
             continue
-        memory, check = entry.get("memory", {}), entry["check"]
-        rows.append(
-            [
-                entry["label"],
-                f"{entry['per_second']:.1f}",
-                f"{entry['median_ms']:.2f}" if entry["median_ms"] < 100 else f"{entry['median_ms']:.0f}",
-                f"{entry['spread']:.1%}",
-                *(f"{values[entry['name']]:.2f}" for values in columns.values()),
-                _number(memory.get("peak_mib")),
-                _number(memory.get("forward_mib")),
-                f"{check['error'] / check['eager_error']:.2f}" if check["eager_error"] else "-",
+        columns.append((header, _numbers(values, 0)))
+        if key != "peak_mib" and values.get(eager):
+            columns.append(("/ eager", _numbers({n: v / values[eager] for n, v in values.items()}, 2)))
+    return columns
+
+
+def _error_column(entries: Sequence[dict[str, Any]]) -> Column:
+    checks = {e["name"]: e["check"] for e in entries}
+    ratio = {name: c["error"] / c["eager_error"] for name, c in checks.items() if c["eager_error"]}
+    return "error / eager's", _numbers(ratio, 2)
+
+
+def _numbers(values: dict[str, float], digits: int) -> dict[str, str]:
+    return {name: f"{value:.{digits}f}" for name, value in values.items()}
+
+
+def overview(document: dict[str, Any]) -> list[str]:
+    """Tables with one line per case of a model: speed, and what training holds for backward."""
+    results = [result for result in document["results"] if result["kind"] != "op"]
+    if len(results) < 2:
+        return []
+    labels = {e["name"]: e["label"] for result in results for e in result["entries"]}
+    blocks = []
+    for title, pick in ((results[0]["unit"], _time_columns), ("held MiB", _memory_columns)):
+        cells = [dict(pick(result)).get(title, {}) for result in results]
+        if any(cells):
+            rows = [
+                [result["title"], *(of.get(name, "-") for name in labels)]
+                for result, of in zip(results, cells, strict=True)
             ]
-        )
-    return table(headers, rows, right=range(1, len(headers)))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+            blocks.append(f"### {title}")
+            blocks.append(table(["", *labels.values()], rows, right=range(1, len(labels) + 1)))
+    return blocks
 
 
 def remarks(result: dict[str, Any]) -> Iterator[str]:
@@ -120,11 +166,15 @@ def heading(document: dict[str, Any]) -> list[str]:
         f"{device['processor']['name']}, {device['processor']['cores']} cores, {device['threads']} threads; "
         f"{document['date']}",
         versions,
-        f"Medians of {document['rounds']} interleaved rounds; spread: distance of the quartiles over the "
-        "median. Every entry was checked against float64 first.",
+        "Every entry was checked against float64 first.",
     ]
+    if document["rounds"]:
+        lines[-1] = (
+            f"Medians of {document['rounds']} interleaved rounds; spread: distance of the quartiles over the "
+            f"median. {lines[-1]}"
+        )
     load, cores = device["load_average"], device["processor"]["cores"]
-    if load is not None and load > 0.5 * cores:
+    if document["rounds"] and load is not None and load > 0.5 * cores:
         lines.append(
             f"The load average was {load:.1f} at the start: others used the cores, the times are unsure."
         )
@@ -133,22 +183,24 @@ def heading(document: dict[str, Any]) -> list[str]:
 
 def footing(document: dict[str, Any]) -> list[str]:
     """What the memory columns hold."""
-    measures = {
-        entry["memory"]["measure"]
-        for result in document["results"]
-        for entry in result["entries"]
-        if "measure" in entry.get("memory", {})
-    }
-    return [
-        f"peak MiB: resident memory, {measure}; forward MiB: the part that is there during a pass alone "
-        "(nothing where a runtime keeps its workspace between calls: compare the peaks)."
-        for measure in sorted(measures)
-    ]
+    memory = [entry.get("memory", {}) for result in document["results"] for entry in result["entries"]]
+    lines = []
+    if any("saved_mib" in found for found in memory):
+        lines.append(
+            "held MiB: tensors that the forward pass saves for backward (storages, each once, without the "
+            "parameters)."
+        )
+    for measure in sorted({found["measure"] for found in memory if "measure" in found}):
+        lines.append(
+            f"peak MiB: resident memory, {measure}; call MiB: the part that is there during a call alone "
+            "(nothing where a runtime keeps its workspace between calls: compare the peaks)."
+        )
+    return lines
 
 
 def report(document: dict[str, Any]) -> str:
     """The whole document as text for a terminal, which is markdown too."""
-    blocks = ["\n".join(heading(document))]
+    blocks = ["\n".join(heading(document)), *overview(document)]
     for result in document["results"]:
         blocks.append(f"### {result['title']}")
         if any(entry["status"] == "ok" for entry in result["entries"]):

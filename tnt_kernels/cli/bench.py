@@ -1,18 +1,23 @@
-"""Time a TNT model against its baselines, interleaved, after checking every one of them against float64."""
+"""Time a TNT model against its baselines, interleaved, after checking every one of them against float64.
+
+With --train: a training step (forward, loss, backward, AdamW), and the memory that it needs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
-from tnt_kernels.bench import models, results
-from tnt_kernels.bench.cases import DTYPES
+from tnt_kernels.bench import models, results, training
+from tnt_kernels.bench.cases import DTYPES, Case
 from tnt_kernels.bench.engine import run as run_engine
 from tnt_kernels.bench.progress import Bar
 from tnt_kernels.bench.sizes import SIZES
-from tnt_kernels.cli.arguments import positive
+from tnt_kernels.cli.arguments import not_negative, positive, rate
 
-HELP = "FastTNT against eager PyTorch, torch.compile and DeiT: images per second, ratios, memory"
+HELP = "FastTNT against eager PyTorch, torch.compile and DeiT, also in training: speed, ratios, memory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", nargs="+", type=positive, default=[8], help="one or more (default: 8)")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", type=positive, help="threads (default: torch's)")
-    parser.add_argument("--rounds", type=positive, default=10, help="interleaved rounds (default: 10)")
+    parser.add_argument(
+        "--rounds", type=not_negative, default=10, help="interleaved rounds (default: 10); 0: no timing"
+    )
+    add_training_arguments(parser)
     parser.add_argument(
         "--baselines",
         nargs="+",
         choices=list(models.BASELINES),
-        default=list(models.DEFAULT_NAMES),
         metavar="NAME",
-        help=f"of {', '.join(models.BASELINES)} (default: {' '.join(models.DEFAULT_NAMES)})",
+        help=f"of {', '.join(models.BASELINES)} (default: {' '.join(models.DEFAULT_NAMES)}); with --train of "
+        f"{', '.join(training.BASELINES)} (default: {' '.join(training.DEFAULT_NAMES)})",
     )
     parser.add_argument(
         "--no-memory", action="store_true", help="leave out peak memory (one process per entry)"
@@ -35,16 +43,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="write the results as JSON")
 
 
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train", action="store_true", help="time training steps")
+    parser.add_argument(
+        "--drop-path", type=rate, default=0.0, help="with --train: rate of stochastic depth (default: 0)"
+    )
+
+
+def model_cases(arguments: argparse.Namespace) -> Sequence[Case]:
+    """Every combination of the models, batches and dtypes asked for.
+
+    Raises ValueError for --drop-path without --train.
+    """
+    if arguments.drop_path and not arguments.train:
+        raise ValueError("--drop-path needs --train: stochastic depth acts in training alone")
+    combinations = itertools.product(arguments.model, arguments.batch, arguments.dtype)
+    if arguments.train:
+        return [training.TrainingCase(*values, arguments.drop_path) for values in combinations]
+    return [models.ModelCase(*values) for values in combinations]
+
+
 def run(arguments: argparse.Namespace) -> int:
-    cases = [
-        models.ModelCase(model, batch, dtype)
-        for model in arguments.model
-        for dtype in arguments.dtype
-        for batch in arguments.batch
-    ]
     document = run_engine(
-        cases,
-        arguments.baselines,
+        model_cases(arguments),
+        arguments.baselines or (training if arguments.train else models).DEFAULT_NAMES,
         rounds=arguments.rounds,
         threads=arguments.threads,
         with_memory=not arguments.no_memory,

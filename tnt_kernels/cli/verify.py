@@ -1,7 +1,9 @@
-"""Check every operator and both models against float64 on this machine.
+"""Check every operator, both models and their gradients against float64 on this machine.
 
 A result passes when its largest error is at most 1.5 times that of eager PyTorch in the same precision, plus
-1e-6 of the largest value. Float32 logits must also lie within 1e-4 of eager's. Exit status 1 on failure.
+1e-6 of the largest value. Float32 logits must also lie within 1e-4 of eager's. Gradients pass by the same
+rule on root mean squares: the worst of an operator's, and those of a model part by part of its blocks. Exit
+status 1 on failure.
 """
 
 from __future__ import annotations
@@ -16,21 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tnt_kernels import native
-from tnt_kernels.bench.accuracy import as_accurate_as_eager, max_error
+from tnt_kernels import dispatch, native
+from tnt_kernels.bench.accuracy import Gradients, Result, as_accurate_as_eager, max_error
 from tnt_kernels.bench.cases import reason, torch_call
 from tnt_kernels.bench.engine import using_threads
 from tnt_kernels.bench.models import images, reference
-from tnt_kernels.bench.ops import OPS, arguments, forced_tier
+from tnt_kernels.bench.ops import OPS, Backward, arguments, forced_tier
 from tnt_kernels.bench.progress import Bar
 from tnt_kernels.bench.results import table
 from tnt_kernels.bench.sizes import size_of
+from tnt_kernels.bench.training import labels, step_gradients
 from tnt_kernels.cli.arguments import positive
 from tnt_kernels.dispatch import use_backend
 from tnt_kernels.models.fast_tnt import FastTNT
 
-HELP = "every operator and model against float64 on this machine; exit status 1 on failure"
+HELP = "every operator, model and gradient against float64 on this machine; exit status 1 on failure"
 LOGITS_TOLERANCE = 1e-4
+DROP_PATH = 0.1  # rate of stochastic depth in the training steps
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ class Subject:
     what: str
     size: str
     precision: Precision
-    ours: Callable[[], Tensor]
-    eager: Callable[[], Tensor]
-    exact: Callable[[], Tensor]
+    ours: Callable[[], Result]
+    eager: Callable[[], Result]
+    exact: Callable[[], Result]
     eager_tolerance: float | None = None
 
 
@@ -125,9 +129,14 @@ def _subjects(quick: bool) -> Iterator[Subject]:
         for op in OPS:
             for precision in PRECISIONS:
                 yield _op(op, size, batch, precision)
+            if OPS[op].function.__name__ in dispatch.TRAINABLE:
+                for precision in PRECISIONS:
+                    yield _op_gradients(op, size, batch, precision)
     for model in ("tnt_s", "tnt_b"):
         for precision in PRECISIONS[:2] if quick else PRECISIONS:
             yield _model(model, batch, precision)
+        for precision in PRECISIONS[:2]:
+            yield _training_step(model, batch if model == "tnt_s" else 1, precision)
 
 
 def _op(op: str, size: str, batch: int, precision: Precision) -> Subject:
@@ -149,16 +158,39 @@ def _op(op: str, size: str, batch: int, precision: Precision) -> Subject:
     )
 
 
-def _model(model: str, batch: int, precision: Precision) -> Subject:
-    def rounded() -> nn.Module:
-        return copy.deepcopy(reference(model)).to(precision.dtype)
+def _op_gradients(op: str, size: str, batch: int, precision: Precision) -> Subject:
+    def result(dtype: torch.dtype, backend: str, autocast: bool) -> Gradients:
+        tensors, options = arguments(op, size, batch, precision.dtype)
+        tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
+        with use_backend(backend):
+            return Backward(OPS[op].function, tensors, options, precision.dtype, autocast).result(op)
 
+    return Subject(
+        f"{op} gradients",
+        size_of(size).title,
+        precision,
+        ours=lambda: result(precision.dtype, "auto", precision.autocast),
+        eager=lambda: result(precision.dtype, "reference", precision.autocast),
+        exact=lambda: result(torch.float64, "reference", False),
+    )
+
+
+def _rounded(model: str, dtype: torch.dtype, drop_path: float = 0.0) -> nn.Module:
+    return copy.deepcopy(reference(model, drop_path)).to(dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _exact_logits(model: str, batch: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode():
+        return _rounded(model, dtype).double()(images(batch).to(dtype).double())
+
+
+def _model(model: str, batch: int, precision: Precision) -> Subject:
     def result(network: nn.Module) -> Tensor:
         return precision.call(network, images(batch).to(precision.dtype))
 
-    def exact() -> Tensor:
-        with torch.inference_mode():
-            return rounded().double()(images(batch).to(precision.dtype).double())
+    def rounded() -> nn.Module:
+        return _rounded(model, precision.dtype)
 
     return Subject(
         "FastTNT",
@@ -166,8 +198,33 @@ def _model(model: str, batch: int, precision: Precision) -> Subject:
         precision,
         ours=lambda: result(FastTNT.from_reference(rounded()).eval()),
         eager=lambda: result(rounded()),
-        exact=exact,
+        exact=lambda: _exact_logits(model, batch, precision.dtype),
         eager_tolerance=LOGITS_TOLERANCE if precision is PRECISIONS[0] else None,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _exact_step(model: str, batch: int, dtype: torch.dtype) -> Gradients:
+    network = _rounded(model, dtype, DROP_PATH).double()
+    return step_gradients(network, network, images(batch).to(dtype).double(), labels(batch), "float32")
+
+
+def _training_step(model: str, batch: int, precision: Precision) -> Subject:
+    def result(network: nn.Module) -> Gradients:
+        image = images(batch).to(precision.dtype)
+        autocast = "bfloat16" if precision.autocast else "float32"
+        return step_gradients(network, network, image, labels(batch), autocast)
+
+    def rounded() -> nn.Module:
+        return _rounded(model, precision.dtype, DROP_PATH)
+
+    return Subject(
+        "FastTNT training step",
+        size_of(model).title,
+        precision,
+        ours=lambda: result(FastTNT.from_reference(rounded())),
+        eager=lambda: result(rounded()),
+        exact=lambda: _exact_step(model, batch, precision.dtype),
     )
 
 
@@ -179,12 +236,15 @@ def _check(subject: Subject, tiers: Sequence[str | None]) -> Iterator[Row]:
             with forced_tier(tier) if tier else contextlib.nullcontext():
                 ours = subject.ours()
         except Exception as error:
-            nan = float("nan")
-            yield Row(*named, nan, max_error(eager, exact), nan, nan, reason(error))
+            nan, eager_error = float("nan"), as_accurate_as_eager(eager, eager, exact).eager_error
+            yield Row(*named, nan, eager_error, nan, nan, reason(error))
             continue
         found = as_accurate_as_eager(ours, eager, exact)
-        problem = "" if found.passed else f"error {found.error:.3g}, the limit is {found.limit:.3g}"
+        of = f" of {found.group}" if found.group else ""
+        problem = "" if found.passed else f"error{of} {found.error:.3g}, the limit is {found.limit:.3g}"
         if subject.eager_tolerance is not None and not problem:
+            assert isinstance(ours, Tensor)
+            assert isinstance(eager, Tensor)
             apart = max_error(ours, eager.double())
             if not apart <= subject.eager_tolerance:
                 problem = f"{apart:.3g} from eager's logits, the limit is {subject.eager_tolerance:g}"
