@@ -4,10 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench lint format sanitize clean native
+.PHONY: demo train-demo test bench lint format sanitize clean native
 
 demo: $(VENV)/.programs native
 	$(BIN)/python -m tnt_kernels demo
+
+# A small TNT on handwritten digits, then what it makes of some that it has not seen.
+train-demo: $(VENV)/.programs native
+	$(BIN)/python python/train.py --dataset digits --output runs/train-demo --overwrite
+	$(BIN)/python python/digits.py runs/train-demo/digits --per-class 1
+	$(BIN)/python python/predict.py runs/train-demo/digits/val --checkpoint runs/train-demo/best.pt --top-k 2
 
 # A machine that cannot build the kernels, or a test that did not run, fails the run.
 test: export TNT_BUILD_AMX_EMULATION = 1
