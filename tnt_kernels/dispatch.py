@@ -2,13 +2,14 @@
 
 ``TNT_BACKEND`` (read when the package is imported) or :func:`use_backend` force a backend; otherwise
 ``auto`` takes the fastest one that can run the call. ``reference`` is plain PyTorch: any device,
-any floating dtype, differentiable. ``cpu`` is the native module.
+any floating dtype, differentiable. ``cpu`` is the native module, ``triton`` the kernels for GPUs.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
 
@@ -18,13 +19,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from tnt_kernels import native
+from tnt_kernels import gpu, native
 
-__all__ = ["BACKENDS", "can_run_cpu", "choose", "requested", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "can_run",
+    "can_run_cpu",
+    "can_run_triton",
+    "choose",
+    "native_backend",
+    "requested",
+    "use_backend",
+]
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
-CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # Fake and functional tensors stand for plain ones while a program is traced. Any other subclass
 # means something to its author that a kernel on raw memory would lose.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
@@ -32,7 +42,10 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 TRAINABLE = frozenset(
     {"inner_attention", "inner_block", "inner_mlp", "outer_block", "pixel_embed", "word_to_sentence"}
 )
-_NO_BACKWARD = "a gradient is needed, and the cpu backend has no backward pass for it (use torch.no_grad())"
+# Operators with kernels for GPUs, and the limits of those: words in a sentence, channels of a word and of a
+# token. `linear` and `layer_norm` are those of the class token alone, which are PyTorch's own on a GPU.
+TRITON_OPS: frozenset[str] = frozenset()
+MAX_WORDS, MAX_INNER_DIM, MAX_OUTER_DIM, OUTER_DIM_STEP = 64, 64, 1024, 16
 
 _override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)
 # The same for traced code: Dynamo guards on a module's variables and not on context variables.
@@ -64,7 +77,7 @@ class use_backend:
     """Context manager that forces a backend for the calls of this thread (or task) made inside it.
 
     Args:
-        name: "auto", "reference" or "cpu". A forced backend that cannot run a call raises
+        name: "auto", "reference", "cpu" or "triton". A forced backend that cannot run a call raises
             RuntimeError with the reason; it never falls back.
 
     Functions compiled by torch.compile follow the choice too, and are compiled again when it changes;
@@ -115,11 +128,27 @@ def gradient_needed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _reason_of_call(op: str, tensors: tuple[Tensor | None, ...], needs_grad: bool | None) -> str | None:
+def native_backend(tensors: Sequence[Tensor | None]) -> str:
+    """Returns the backend made for the device of the first tensor: "triton" for GPUs, otherwise "cpu"."""
+    for tensor in tensors:
+        if tensor is not None:
+            return "triton" if getattr(tensor, "is_cuda", False) else "cpu"
+    return "cpu"
+
+
+def _no_backward(backend: str) -> str:
+    return (
+        f"a gradient is needed, and the {backend} backend has no backward pass for it (use torch.no_grad())"
+    )
+
+
+def _reason_of_call(
+    op: str, backend: str, tensors: Sequence[Tensor | None], needs_grad: bool | None
+) -> str | None:
     trainable = op in TRAINABLE
     recording = torch.is_grad_enabled() if needs_grad is None and not trainable else False
     if needs_grad and not trainable:
-        return _NO_BACKWARD
+        return _no_backward(backend)
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
     if torch._C._are_functorch_transforms_active():
@@ -130,30 +159,75 @@ def _reason_of_call(op: str, tensors: tuple[Tensor | None, ...], needs_grad: boo
         if type(tensor) not in _PLAIN:
             return f"an argument is a {type(tensor).__name__}, not a plain tensor"
         if recording and tensor.requires_grad:
-            return _NO_BACKWARD
-        if not tensor.is_cpu:
-            return f"a tensor is on {tensor.device}, not on the CPU"
-        if tensor.dtype not in CPU_DTYPES:
+            return _no_backward(backend)
+        if backend == "cpu":
+            if not tensor.is_cpu:
+                return f"a tensor is on {tensor.device}, not on the CPU"
+        elif not tensor.is_cuda:
+            return f"a tensor is on {tensor.device}, not on a GPU"
+        if tensor.dtype not in DTYPES:
             return f"a tensor is of dtype {tensor.dtype}; float32, bfloat16 and float16 are supported"
+    return _over_limits(op, tensors) if backend == "triton" else None
+
+
+def _over_limits(op: str, tensors: Sequence[Tensor | None]) -> str | None:
+    """Why the kernels for GPUs do not take arguments of these sizes, or parameters alone of these."""
+    if op not in TRITON_OPS:
+        return f"the triton backend has no kernel for {op}"
+    first = tensors[0] if tensors else None
+    if first is None:
+        return None
+    if op in ("inner_attention", "inner_block", "inner_mlp"):
+        if first.shape[-1] > MAX_INNER_DIM:
+            return f"words have {first.shape[-1]} channels; the triton backend takes up to {MAX_INNER_DIM}"
+        if first.dim() == 3 and first.shape[1] > MAX_WORDS:
+            return f"sentences have {first.shape[1]} words; the triton backend takes up to {MAX_WORDS}"
+    elif op == "word_to_sentence":
+        for tensor in tensors:
+            if tensor is not None and tensor.dim() == 2:  # the weight [d, m * c]
+                d = tensor.shape[0]
+                if d % OUTER_DIM_STEP != 0 or d > MAX_OUTER_DIM:
+                    return (
+                        f"tokens have {d} channels; the triton backend takes multiples of {OUTER_DIM_STEP} "
+                        f"up to {MAX_OUTER_DIM}"
+                    )
     return None
 
 
-def can_run_cpu(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str | None:
-    """Returns None when the native CPU backend can run the call, otherwise the reason why it cannot.
+def _why_missing(backend: str, tensors: Sequence[Tensor | None]) -> str | None:
+    if backend == "cpu":
+        return native.why_missing() if native.load() is None else None
+    for tensor in tensors:
+        if tensor is not None:
+            index = tensor.device.index
+            return gpu.why_unusable(0 if index is None else index)
+    return None
+
+
+def can_run(backend: str, op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str | None:
+    """Returns None when the backend, "cpu" or "triton", can run the call, otherwise why it cannot.
 
     Args:
+        backend: "cpu" or "triton".
         op: name of the operation.
         tensors: every tensor argument of the call; None for an absent one.
         needs_grad: whether autograd must record the call; None finds out from the tensors.
     """
-    reason = _reason_of_call(op, tensors, needs_grad)
-    if reason is None and native.load() is None:
-        reason = native.why_missing()
-    return reason
+    return _reason_of_call(op, backend, tensors, needs_grad) or _why_missing(backend, tensors)
+
+
+def can_run_cpu(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str | None:
+    """:func:`can_run` of the native CPU backend."""
+    return can_run("cpu", op, *tensors, needs_grad=needs_grad)
+
+
+def can_run_triton(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str | None:
+    """:func:`can_run` of the Triton backend."""
+    return can_run("triton", op, *tensors, needs_grad=needs_grad)
 
 
 def choose(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str:
-    """Returns the backend that runs the call: "cpu" or "reference".
+    """Returns the backend that runs the call: "cpu", "triton" or "reference".
 
     Args:
         op: name of the operation, for messages.
@@ -166,13 +240,14 @@ def choose(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> 
     wanted = requested()
     if wanted == "reference":
         return "reference"
-    reason = _reason_of_call(op, tensors, needs_grad)
+    backend = native_backend(tensors) if wanted == "auto" else wanted
+    reason = _reason_of_call(op, backend, tensors, needs_grad)
     if reason is None:
-        if native.load() is not None:
-            return "cpu"
+        reason = _why_missing(backend, tensors)
+        if reason is None:
+            return backend
         if wanted == "auto":
-            native.warn_once()
-        reason = native.why_missing()
-    if wanted == "cpu":
-        raise RuntimeError(f"{op}: the cpu backend is forced but cannot run this call: {reason}")
+            native.warn_once() if backend == "cpu" else gpu.warn_once(reason)
+    if wanted != "auto":
+        raise RuntimeError(f"{op}: the {wanted} backend is forced but cannot run this call: {reason}")
     return "reference"

@@ -60,7 +60,7 @@ def inner_attention(
     scale = _checks.scale_of("inner_attention", x, num_heads, scale)
     noise = (drop_path, seed, attn_drop, proj_drop)
     _checks.check_dropout("inner_attention", x, noise[1:], _checks.ATTENTION_DROPS)
-    if backend == "cpu":
+    if backend != "reference":
         return _ops.inner_attention(x, *parameters, num_heads, scale, eps, compute_dtype, *noise)
     _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
     _checks.check_drop_path("inner_attention", x, drop_path=drop_path)

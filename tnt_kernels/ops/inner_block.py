@@ -81,7 +81,7 @@ def inner_block(
     scale = _checks.scale_of("inner_block", x, num_heads, scale)
     noise = (drop_path1, drop_path2, seed, attn_drop, proj_drop, hidden_drop, out_drop)
     _checks.check_dropout("inner_block", x, noise[2:], _checks.DROPS)
-    if backend == "cpu":
+    if backend != "reference":
         return _ops.inner_block(x, *parameters, num_heads, scale, eps1, eps2, compute_dtype, *noise)
     _checks.check_inner_block(x, *parameters, num_heads, compute_dtype)
     _checks.check_drop_path("inner_block", x, "x", drop_path1=drop_path1, drop_path2=drop_path2)

@@ -50,7 +50,7 @@ def inner_mlp(
     compute_dtype = compute_dtype_of(x)
     noise = (drop_path, seed, hidden_drop, out_drop)
     _checks.check_dropout("inner_mlp", x, noise[1:], _checks.MLP_DROPS)
-    if backend == "cpu":
+    if backend != "reference":
         return _ops.inner_mlp(x, *parameters, eps, compute_dtype, *noise)
     _checks.check_inner_mlp(x, *parameters, compute_dtype)
     _checks.check_drop_path("inner_mlp", x, drop_path=drop_path)

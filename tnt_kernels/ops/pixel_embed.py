@@ -48,7 +48,7 @@ def pixel_embed(
     _checks.check_tensor("pixel_embed", "image", image, _checks.IMAGE)
     backend = dispatch.choose("pixel_embed", image, weight, bias, position)
     compute_dtype = compute_dtype_of(image)
-    if backend == "cpu":
+    if backend != "reference":
         return _ops.pixel_embed(
             image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype
         )

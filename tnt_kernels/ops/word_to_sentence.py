@@ -51,7 +51,7 @@ def word_to_sentence(
     _checks.check_tensor("word_to_sentence", "words", words, _checks.WORDS)
     backend = dispatch.choose("word_to_sentence", words, tokens, *parameters)
     compute_dtype = compute_dtype_of(words)
-    if backend == "cpu":
+    if backend != "reference":
         return _ops.word_to_sentence(words, tokens, *parameters, eps1, eps2, compute_dtype)
     _checks.check_word_to_sentence(words, tokens, *parameters, compute_dtype)
     return reference.word_to_sentence(words, tokens, *parameters, eps1, eps2)

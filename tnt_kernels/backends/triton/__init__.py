@@ -1,0 +1,30 @@
+"""The Triton backend: registered operators on kernels for NVIDIA GPUs (and others that Triton compiles for).
+
+Triton is imported, and a kernel compiled, when an operator first meets a tensor on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from tnt_kernels._ops import lib
+
+# Where the launcher of each operator is: a function of the operator's name in a module of this package.
+LAUNCHERS: dict[str, str] = {}
+
+
+def _register(op: str, module: str) -> None:
+    launcher: Any = None
+
+    def implementation(*args: Any) -> Any:
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(importlib.import_module(f"{__name__}.{module}"), op)
+        return launcher(*args)
+
+    lib.impl(op, implementation, "CUDA")
+
+
+for _op, _module in LAUNCHERS.items():
+    _register(_op, _module)

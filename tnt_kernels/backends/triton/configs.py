@@ -1,0 +1,69 @@
+"""Rows per program, warps and pipeline stages of every kernel: a table made by benchmarks/tune.py."""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Config", "config_of", "forced", "table"]
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled and how much of the problem one of its programs takes."""
+
+    rows: int  # of words or sentences in a program, a power of two
+    warps: int
+    stages: int = 1
+
+
+_forced: dict[str, Config] = {}
+
+
+class forced:
+    """Context manager that makes a kernel take a configuration, whatever the table says; for the tuner."""
+
+    def __init__(self, kernel: str, config: Config) -> None:
+        self.kernel, self.config = kernel, config
+
+    def __enter__(self) -> None:
+        _forced[self.kernel] = self.config
+
+    def __exit__(self, *_: object) -> None:
+        del _forced[self.kernel]
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """Returns kernel -> architecture ("sm_90", "other") -> "dtype width" -> [rows, warps, stages]."""
+    text = resources.files("tnt_kernels.backends.triton").joinpath("configs.json").read_text("utf-8")
+    found: dict[str, dict[str, dict[str, list[int]]]] = json.loads(text)
+    return found
+
+
+@functools.cache
+def _from_table(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> Config:
+    architectures = table()[kernel]
+    known = sorted(int(name.removeprefix("sm_")) for name in architectures if name != "other")
+    # The newest architecture not newer than this one; shared memory differs between 80 and 86.
+    at_most = [number for number in known if number <= architecture]
+    entries = architectures[f"sm_{at_most[-1]}" if at_most else "other"]
+    size = "float32" if dtype == torch.float32 else "16bit"
+    widths = sorted(int(key.split()[1]) for key in entries if key.split()[0] == size)
+    chosen = next((w for w in widths if w >= width), widths[-1])
+    return Config(*entries[f"{size} {chosen}"])
+
+
+def config_of(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> Config:
+    """Returns how to run a kernel.
+
+    Args:
+        kernel: its name in the table.
+        architecture: 90 for sm_90 and so on, 0 for a GPU that is not NVIDIA's.
+        dtype: that of the operands of matrix products.
+        width: what the kernel's cost depends on (channels); the table's next larger entry is taken.
+    """
+    return _forced.get(kernel) or _from_table(kernel, architecture, dtype, width)
