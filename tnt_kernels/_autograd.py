@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["composite_backward", "define_backward", "define_train", "record", "tensor_positions"]
+__all__ = ["COMPOSITES", "composite_backward", "define_backward", "define_train", "record", "tensor_positions"]
+
+# What computes an operator, by its name, in plain PyTorch on any device.
+COMPOSITES: dict[str, Callable[..., Any]] = {}
 
 
 def tensor_positions(op: Any) -> list[int]:
@@ -62,6 +65,7 @@ def define_backward(
         wanted = [args[i] for i, wants in zip(positions, needed, strict=True) if wants]
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted]
 
+    COMPOSITES[f"{name}_backward"] = by_autograd
     lib.impl(f"{name}_backward", by_autograd, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tnt_kernels::{name}_backward", fake, lib=lib)
     return getattr(torch.ops.tnt_kernels, f"{name}_backward").default

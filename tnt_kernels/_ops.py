@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tnt_kernels import _checks, dispatch
-from tnt_kernels._autograd import define_backward, define_train, record
+from tnt_kernels._autograd import COMPOSITES, define_backward, define_train, record
 from tnt_kernels.backends import reference
 
 lib = torch.library.Library("tnt_kernels", "DEF")
@@ -29,6 +29,7 @@ def _define(name: str, schema: str, composite: Callable[..., Any], activations: 
     operator, `<name>_backward`, and what it keeps for them beside its arguments, `activations`, from a third,
     `<name>_train` (_autograd.py). Otherwise the composite runs in its place.
     """
+    COMPOSITES[name] = composite
     lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.tnt_kernels, name).default
     train = define_train(lib, op, activations) if activations else None

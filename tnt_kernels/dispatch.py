@@ -28,6 +28,7 @@ __all__ = [
     "can_run_triton",
     "choose",
     "native_backend",
+    "over_limits",
     "requested",
     "use_backend",
 ]
@@ -44,7 +45,7 @@ TRAINABLE = frozenset(
 )
 # Operators with kernels for GPUs, and the limits of those: words in a sentence, channels of a word and of a
 # token. `linear` and `layer_norm` are those of the class token alone, which are PyTorch's own on a GPU.
-TRITON_OPS: frozenset[str] = frozenset()
+TRITON_OPS = frozenset({"inner_attention", "inner_block", "inner_mlp"})
 MAX_WORDS, MAX_INNER_DIM, MAX_OUTER_DIM, OUTER_DIM_STEP = 64, 64, 1024, 16
 
 _override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)
@@ -167,10 +168,10 @@ def _reason_of_call(
             return f"a tensor is on {tensor.device}, not on a GPU"
         if tensor.dtype not in DTYPES:
             return f"a tensor is of dtype {tensor.dtype}; float32, bfloat16 and float16 are supported"
-    return _over_limits(op, tensors) if backend == "triton" else None
+    return over_limits(op, tensors) if backend == "triton" else None
 
 
-def _over_limits(op: str, tensors: Sequence[Tensor | None]) -> str | None:
+def over_limits(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     """Why the kernels for GPUs do not take arguments of these sizes, or parameters alone of these."""
     if op not in TRITON_OPS:
         return f"the triton backend has no kernel for {op}"

@@ -1,0 +1,95 @@
+"""How the inner block is laid out for the tensor cores: padded widths and the packed parameters.
+
+Channels are padded to CA + CB columns, a power of two each (CB may be 0): 24 -> 32, 40 and 48 -> 32 + 16. A
+head's channels are padded to DP, and heads are grouped so that a group fills GW >= 16 columns, the least that
+a product takes: 4 heads of 6 channels are 2 groups of 2 heads of 8.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["InnerShape", "Packing"]
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+class InnerShape(NamedTuple):
+    """Sizes of an inner block and of the tiles that its kernels work on."""
+
+    m: int  # words of a sentence
+    c: int  # channels of a word
+    heads: int
+    hidden: int  # of the MLP; 0 without one
+
+    @property
+    def MP(self) -> int:
+        return _power_of_two(self.m, 16)
+
+    @property
+    def CA(self) -> int:
+        # With a column to spare a bias is the weight of a column of ones: no vector to load and add.
+        if self.c < 16:
+            return 16
+        return 32 if self.c <= 48 else 64
+
+    @property
+    def CB(self) -> int:
+        return 16 if 32 < self.c <= 48 else 0
+
+    @property
+    def CP(self) -> int:
+        return self.CA + self.CB
+
+    @property
+    def DP(self) -> int:
+        return _power_of_two(self.c // self.heads, 4)
+
+    @property
+    def GW(self) -> int:
+        return max(16, self.DP)
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.GW // self.DP
+
+    @property
+    def groups(self) -> int:
+        return -(-self.heads // self.heads_per_group)
+
+    @property
+    def HC(self) -> int:
+        """Hidden channels at a time."""
+        return 32
+
+    @property
+    def HP(self) -> int:
+        return -(-self.hidden // self.HC) * self.HC
+
+    @property
+    def loops(self) -> int:
+        """In how many steps attention takes the groups: all at once costs registers, but fewer instructions."""
+        few = self.CP <= 32 and self.groups & (self.groups - 1) == 0 and self.groups <= 2
+        return 1 if few else self.groups
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constexpr parameters that all kernels of the inner block have."""
+        return {
+            "m": self.m, "c": self.c, "H": self.heads, "MP": self.MP, "CA": self.CA, "CB": self.CB,
+            "DP": self.DP, "GW": self.GW, "NG": self.groups, "HP": self.HP, "HC": self.HC, "LOOPS": self.loops,
+        }  # fmt: skip
+
+
+class Packing(NamedTuple):
+    """The packed parameters of a block, made by inner_pack.pack."""
+
+    # In the dtype of the products' operands, one behind the other:
+    # qkv [3 groups GW, CP], proj [CP, groups GW], fc1 [HP, CP], fc2 [CP, HP], identity [CA, CA]
+    weights: torch.Tensor
+    # float32: q [groups GW], proj [CP], fc1 [HP], fc2 [CP]
+    biases: torch.Tensor
