@@ -16,6 +16,9 @@ LAUNCHERS = {
     "inner_attention": "inner_block",
     "inner_block": "inner_block",
     "inner_mlp": "inner_block",
+    "inner_attention_backward": "inner_block_backward",
+    "inner_block_backward": "inner_block_backward",
+    "inner_mlp_backward": "inner_block_backward",
 }
 
 

@@ -20,9 +20,9 @@ from tnt_kernels import _checks, dispatch
 from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.configs import Config, config_of
 from tnt_kernels.backends.triton.inner_pack import pack
-from tnt_kernels.backends.triton.inner_shapes import InnerShape
+from tnt_kernels.backends.triton.inner_shapes import InnerShape, Packing
 from tnt_kernels.backends.triton.math import batched_dot, gelu
-from tnt_kernels.backends.triton.runtime import architecture, dot_precision, launch
+from tnt_kernels.backends.triton.runtime import architecture, contiguous, dot_precision, launch
 
 __all__ = ["inner_attention", "inner_block", "inner_mlp"]
 
@@ -31,7 +31,8 @@ __all__ = ["inner_attention", "inner_block", "inner_mlp"]
 def normalised(xa, xb, eps, c: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, T: tl.constexpr):
     """LayerNorm of words without gain and bias, in dtype T, and a column of ones behind the last channel.
 
-    xa [BS, MP, CA] and xb [BS, MP, CB] are the channels in float32; without a CB, xb is xa.
+    xa [BS, MP, CA] and xb [BS, MP, CB] are the channels in float32; without a CB, xb is xa. Also returns the
+    means and the reciprocal deviations [BS, MP].
     """
     mean = tl.sum(xa, 2)
     if CB:
@@ -49,7 +50,7 @@ def normalised(xa, xb, eps, c: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
     nb = na
     if CB:
         nb = tl.where(colb == c, 1.0, db * rstd[:, :, None]).to(T)
-    return na, nb, rstd
+    return na, nb, mean, rstd
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def attention_half(
     QW: tl.constexpr = NG * GW
     NB: tl.constexpr = NG // LOOPS  # groups at a time
     LW: tl.constexpr = NB * GW
-    na, nb, _ = normalised(xa, xb, eps, c, CA, CB, T)
+    na, nb, _, _ = normalised(xa, xb, eps, c, CA, CB, T)
     # What the branch is added to: x itself, or zero where a factor stands between.
     ya, yb = residual_start(xa, xb, bias_ptr + QW, drop_path_ptr, CA, CB)
     for loop in tl.static_range(LOOPS):
@@ -306,7 +307,7 @@ def mlp_half(
 ):  # fmt: skip
     """x + fc2(gelu(fc1(LN(x))))."""
     CP: tl.constexpr = CA + CB
-    na, nb, _ = normalised(xa, xb, eps, c, CA, CB, T)
+    na, nb, _, _ = normalised(xa, xb, eps, c, CA, CB, T)
     ya, yb = residual_start(xa, xb, bias_ptr + HP, drop_path_ptr, CA, CB)
     for n in tl.static_range(0, HP, HC):
         if c < CP:
@@ -390,9 +391,37 @@ def config_for(kernel: str, x: Tensor, shape: InnerShape, dtype: torch.dtype) ->
     return config
 
 
+def launch_forward(
+    x: Tensor,  # [S, m, c], contiguous and not empty
+    packed: Packing,
+    shape: InnerShape,
+    attention: bool,
+    mlp: bool,
+    eps1: float,
+    eps2: float,
+    drop_path1: Tensor | None,
+    drop_path2: Tensor | None,
+) -> Tensor:
+    out = torch.empty_like(x)
+    dtype = packed.weights.dtype
+    config = config_for("inner_block", x, shape, dtype)
+    sentences = max(config.rows // shape.MP, 1)
+    arguments = {
+        "x_ptr": x, "out_ptr": out, "w_ptr": packed.weights, "bias_ptr": packed.biases,
+        "drop_path1_ptr": contiguous(drop_path1), "drop_path2_ptr": contiguous(drop_path2), "S": x.shape[0],
+        "eps1": eps1, "eps2": eps2,
+    }  # fmt: skip
+    constants = {
+        **shape.constants,
+        "ATTENTION": attention, "MLP": mlp, "PRECISION": dot_precision(dtype), "BS": sentences,
+    }  # fmt: skip
+    launch(_inner_block_kernel, (triton.cdiv(x.shape[0], sentences),), arguments, constants, config)
+    return out
+
+
 def _launch(
     x: Tensor,
-    parameters: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],  # the 14 of a block, those of an absent half None
     num_heads: int,
     scale: float,
     eps1: float,
@@ -401,27 +430,14 @@ def _launch(
     drop_path1: Tensor | None,
     drop_path2: Tensor | None,
 ) -> Tensor:
-    s, m, c = x.shape
-    out = torch.empty((s, m, c), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+    x = x.contiguous()
+    if x.numel() == 0:
+        return torch.empty_like(x)
     attention, mlp = parameters[0] is not None, parameters[8] is not None
     fc1_weight = parameters[10]
-    shape = InnerShape(m, c, num_heads, 0 if fc1_weight is None else fc1_weight.shape[0])
-    dtype = product_dtype(x, compute_dtype)
-    packed = pack(parameters, shape, scale, dtype, x.device)
-    config = config_for("inner_block", x, shape, dtype)
-    sentences = max(config.rows // shape.MP, 1)
-    arguments = {
-        "x_ptr": x.contiguous(), "out_ptr": out, "w_ptr": packed.weights, "bias_ptr": packed.biases,
-        "drop_path1_ptr": drop_path1, "drop_path2_ptr": drop_path2, "S": s, "eps1": eps1, "eps2": eps2,
-    }  # fmt: skip
-    constants = {
-        **shape.constants,
-        "ATTENTION": attention, "MLP": mlp, "PRECISION": dot_precision(dtype), "BS": sentences,
-    }  # fmt: skip
-    launch(_inner_block_kernel, (triton.cdiv(s, sentences),), arguments, constants, config)
-    return out
+    shape = InnerShape(x.shape[1], x.shape[2], num_heads, 0 if fc1_weight is None else fc1_weight.shape[0])
+    packed = pack(parameters, shape, scale, product_dtype(x, compute_dtype), x.device)
+    return launch_forward(x, packed, shape, attention, mlp, eps1, eps2, drop_path1, drop_path2)
 
 
 def runs(op: str, x: Tensor, compute_dtype: torch.dtype | None, drops: Sequence[float]) -> bool:

@@ -21,14 +21,20 @@ from tnt_kernels.backends.triton.configs import Config
 from tnt_kernels.backends.triton.inner_shapes import InnerShape, Packing
 from tnt_kernels.backends.triton.runtime import contiguous, launch
 
-__all__ = ["pack"]
+__all__ = ["LOG2_E", "PARAMETERS", "pack", "vector"]
 
 _ROWS = 16  # of a packed matrix that a program writes
 LOG2_E = 1.4426950408889634
 
+# Of a block, in the order of its operator's schema.
+PARAMETERS = (
+    "norm1_weight", "norm1_bias", "qk_weight", "qk_bias", "v_weight", "v_bias", "proj_weight", "proj_bias",
+    "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias",
+)  # fmt: skip
+
 
 @triton.jit
-def _vector(ptr, index, mask):
+def vector(ptr, index, mask):
     """Elements of a vector that may be absent, in float32."""
     if ptr is None:
         return tl.zeros(index.shape, tl.float32)
@@ -58,9 +64,9 @@ def _pack_linear_after_norm(
     w = tl.load(
         w_ptr + source[:, None] * c + col[None, :], mask=valid[:, None] & inside[None, :], other=0.0
     ).to(tl.float32)
-    shift = _vector(shift_ptr, col, inside)
-    bias = (_vector(b_ptr, source, valid) + tl.sum(w * shift[None, :], 1)) * factor
-    w = w * _vector(gain_ptr, col, inside)[None, :] * factor
+    shift = vector(shift_ptr, col, inside)
+    bias = (vector(b_ptr, source, valid) + tl.sum(w * shift[None, :], 1)) * factor
+    w = w * vector(gain_ptr, col, inside)[None, :] * factor
     if BIAS:
         w = tl.where((col == c)[None, :], bias[:, None], w)
     tl.store(out_ptr + row[:, None] * CP + col[None, :], w, mask=(col < CP)[None, :])
@@ -157,9 +163,9 @@ def _pack_kernel(
                 mask=valid[:, None] & (col < c)[None, :],
                 other=0.0,
             ).to(tl.float32)
-            shift = _vector(norm1_bias_ptr, col, col < c)
-            v_bias = _vector(v_bias_ptr, source, valid) + tl.sum(v * shift[None, :], 1)
-            bias = _vector(proj_bias_ptr, row, row < c) + tl.sum(w * v_bias[None, :], 1)
+            shift = vector(norm1_bias_ptr, col, col < c)
+            v_bias = vector(v_bias_ptr, source, valid) + tl.sum(v * shift[None, :], 1)
+            bias = vector(proj_bias_ptr, row, row < c) + tl.sum(w * v_bias[None, :], 1)
             tl.store(bias_ptr + row, bias)
         out_ptr += CP * QW
         bias_ptr += CP
@@ -185,7 +191,7 @@ def _pack_kernel(
                     other=0.0,
                 )
                 tl.store(out_ptr + row[:, None] * HP + place[None, :], w)
-            tl.store(bias_ptr + row, _vector(fc2_bias_ptr, row, row < c))
+            tl.store(bias_ptr + row, vector(fc2_bias_ptr, row, row < c))
         out_ptr += CP * HP
         block -= FC2_BLOCKS
 
@@ -204,16 +210,12 @@ def pack(
 ) -> Packing:
     """Returns the packed parameters; `dtype` is that of the products' operands."""
     attention, mlp = parameters[0] is not None, parameters[8] is not None
-    cp, qw, hp = shape.CP, shape.groups * shape.GW, shape.HP
+    cp, qw, hp = shape.CP, shape.QW, shape.HP
     rows = (3 * qw + cp if attention else 0) + (hp + cp if mlp else 0) + shape.CA
     size = (4 * qw * cp if attention else 0) + 2 * hp * cp + shape.CA**2
     weights = torch.empty(size, dtype=dtype, device=device)
     biases = torch.empty((qw + cp if attention else 0) + (hp + cp if mlp else 0), dtype=torch.float32, device=device)
-    names = (
-        "norm1_weight", "norm1_bias", "qk_weight", "qk_bias", "v_weight", "v_bias", "proj_weight", "proj_bias",
-        "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias",
-    )  # fmt: skip
-    pointers = {f"{name}_ptr": contiguous(p) for name, p in zip(names, parameters, strict=True)}
+    pointers = {f"{name}_ptr": contiguous(p) for name, p in zip(PARAMETERS, parameters, strict=True)}
     launch(
         _pack_kernel,
         (rows // _ROWS,),

@@ -62,6 +62,20 @@ class InnerShape(NamedTuple):
         return -(-self.heads // self.heads_per_group)
 
     @property
+    def QW(self) -> int:
+        return self.groups * self.GW
+
+    @property
+    def attention_sums(self) -> int:
+        """Floats of the packed gradients: qkv [3 QW, CP], proj [CP, QW], q's bias [QW], proj's bias [CP]."""
+        return 4 * self.QW * self.CP + self.QW + self.CP
+
+    @property
+    def mlp_sums(self) -> int:
+        """fc1 [HP, CP], fc2 [CP, HP], fc1's bias [HP], fc2's bias [CP]."""
+        return 2 * self.HP * self.CP + self.HP + self.CP
+
+    @property
     def HC(self) -> int:
         """Hidden channels at a time."""
         return 32
@@ -89,7 +103,7 @@ class Packing(NamedTuple):
     """The packed parameters of a block, made by inner_pack.pack."""
 
     # In the dtype of the products' operands, one behind the other:
-    # qkv [3 groups GW, CP], proj [CP, groups GW], fc1 [HP, CP], fc2 [CP, HP], identity [CA, CA]
+    # qkv [3 QW, CP], proj [CP, QW], fc1 [HP, CP], fc2 [CP, HP], identity [CA, CA]
     weights: torch.Tensor
-    # float32: q [groups GW], proj [CP], fc1 [HP], fc2 [CP]
+    # float32: q [QW], proj [CP], fc1 [HP], fc2 [CP]
     biases: torch.Tensor
