@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["COMPOSITES", "composite_backward", "define_backward", "define_train", "record", "tensor_positions"]
+__all__ = [
+    "COMPOSITES",
+    "composite_backward",
+    "define_backward",
+    "define_train",
+    "record",
+    "tensor_positions",
+]
 
 # What computes an operator, by its name, in plain PyTorch on any device.
 COMPOSITES: dict[str, Callable[..., Any]] = {}

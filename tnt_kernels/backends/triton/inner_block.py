@@ -90,7 +90,10 @@ def linear_transposed(
     if CB:
         w = tl.load(w_ptr + CA + tl.arange(0, CB)[None, :])
         y = tl.dot(
-            tl.broadcast_to(w[None], [na.shape[0], N, CB]), tl.trans(nb, 0, 2, 1), y, input_precision=PRECISION
+            tl.broadcast_to(w[None], [na.shape[0], N, CB]),
+            tl.trans(nb, 0, 2, 1),
+            y,
+            input_precision=PRECISION,
         )
     return y
 
@@ -112,7 +115,9 @@ def join_groups(x, NB: tl.constexpr, GW: tl.constexpr):
 
 
 @triton.jit
-def probabilities(q, k, h: tl.constexpr, m: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
+def probabilities(
+    q, k, h: tl.constexpr, m: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr
+):
     """Softmax of head h of each group before its division: 2^(scores - their largest), and 1 / their sum.
 
     q [B, MP, GW] float32, with log2(e) and the scale in it; k [B, GW, MP] in dtype T. Returns [B, MP, MP]
@@ -176,7 +181,7 @@ def load_words(
     inside = (sentence < left) & (word < m)
     # Multiplied by the identity, 16-bit words become exact float32 sums where the products want them:
     # fewer instructions than to convert them and to move them there.
-    BY_PRODUCT: tl.constexpr = (x_ptr.dtype.element_ty == T) and (T != tl.float32)
+    BY_PRODUCT: tl.constexpr = (x_ptr.dtype.element_ty == T) and (tl.float32 != T)
     cola = tl.arange(0, CA)
     xa = tl.load(ptr + cola[None, None, :], mask=inside & (cola < c)[None, None, :], other=0.0)
     if BY_PRODUCT:

@@ -119,9 +119,7 @@ def linear_output_gradient(
 
 
 @triton.jit
-def norm_backward(
-    ga, gb, da, db, xa, xb, mean, rstd, c: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr
-):
+def norm_backward(ga, gb, da, db, xa, xb, mean, rstd, c: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr):
     """g + the gradient of x, given that d of its LayerNorm (without gain); all [BS, MP, CA or CB]."""
     cola = tl.arange(0, CA)[None, None, :]
     na = (xa - mean[:, :, None]) * rstd[:, :, None]
@@ -204,7 +202,7 @@ def _mlp_backward_kernel(
         ta, tb = branch_gradient(ga, gb, factor_ptr, left, CB, T)
         da = tl.zeros([BS, MP, CA], tl.float32)
         db = tl.zeros([BS, MP, CB if CB else CA], tl.float32)
-        for n in tl.static_range(0, HP, HC):
+        for n in range(0, HP, HC):
             if ONES:
                 h = linear(na, nb, w_ptr + n * CP, None, HC, CA, CB, PRECISION)
             else:
@@ -236,6 +234,9 @@ def _mlp_backward_kernel(
         if grad_x_ptr is not None:
             if not CB:
                 db = da
+            # Read again: kept in registers all the while, they would push others into local memory.
+            xa, xb = load_words(x_ptr + first * (m * c), eye_ptr, left, m, c, BS, MP, CA, CB, T)
+            ga, gb = load_words(grad_ptr + first * (m * c), eye_ptr, left, m, c, BS, MP, CA, CB, T)
             ya, yb = norm_backward(ga, gb, da, db, xa, xb, mean, rstd, c, CA, CB)
             store_words(grad_x_ptr + first * (m * c), ya, yb, left, m, c, CA, CB)
 
@@ -328,7 +329,7 @@ def _attention_backward_kernel(
         ta, tb = branch_gradient(ga, gb, factor_ptr, left, CB, T)
         da = tl.zeros([BS, MP, CA], tl.float32)
         db = tl.zeros([BS, MP, CB if CB else CA], tl.float32)
-        for loop in tl.static_range(LOOPS):
+        for loop in range(LOOPS):
             n = loop * LW
             q_ptr = w_ptr + n * CP
             k_ptr = q_ptr + QW * CP
@@ -376,6 +377,9 @@ def _attention_backward_kernel(
         if grad_x_ptr is not None:
             if not CB:
                 db = da
+            # Read again: kept in registers all the while, they would push others into local memory.
+            xa, xb = load_words(x_ptr + first * (m * c), w_ptr + eye, left, m, c, BS, MP, CA, CB, T)
+            ga, gb = load_words(grad_ptr + first * (m * c), w_ptr + eye, left, m, c, BS, MP, CA, CB, T)
             ya, yb = norm_backward(ga, gb, da, db, xa, xb, mean, rstd, c, CA, CB)
             store_words(grad_x_ptr + first * (m * c), ya, yb, left, m, c, CA, CB)
 
@@ -429,7 +433,9 @@ def _launch(
     drop_path1: Tensor | None,
     drop_path2: Tensor | None,
 ) -> list[Tensor]:
-    wanted = [tensor for tensor, flag in zip((x, *parameters), needed, strict=True) if flag and tensor is not None]
+    wanted = [
+        tensor for tensor, flag in zip((x, *parameters), needed, strict=True) if flag and tensor is not None
+    ]
     if x.numel() == 0 or not wanted:
         return [torch.zeros_like(tensor) for tensor in wanted]
     fc1_weight = parameters[10]

@@ -38,8 +38,7 @@ def vector(ptr, index, mask):
     """Elements of a vector that may be absent, in float32."""
     if ptr is None:
         return tl.zeros(index.shape, tl.float32)
-    else:
-        return tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -214,7 +213,9 @@ def pack(
     rows = (3 * qw + cp if attention else 0) + (hp + cp if mlp else 0) + shape.CA
     size = (4 * qw * cp if attention else 0) + 2 * hp * cp + shape.CA**2
     weights = torch.empty(size, dtype=dtype, device=device)
-    biases = torch.empty((qw + cp if attention else 0) + (hp + cp if mlp else 0), dtype=torch.float32, device=device)
+    biases = torch.empty(
+        (qw + cp if attention else 0) + (hp + cp if mlp else 0), dtype=torch.float32, device=device
+    )
     pointers = {f"{name}_ptr": contiguous(p) for name, p in zip(PARAMETERS, parameters, strict=True)}
     launch(
         _pack_kernel,

@@ -95,7 +95,10 @@ def _store_rows(
     value = dw * gain[None, :] + db[:, None] * shift[None, :]
     inside = row < c
     _store(
-        grad_weight_ptr, (first + row)[:, None] * c + col[None, :], value, inside[:, None] & (col < c)[None, :]
+        grad_weight_ptr,
+        (first + row)[:, None] * c + col[None, :],
+        value,
+        inside[:, None] & (col < c)[None, :],
     )
     _store(grad_bias_ptr, first + row, db, inside)
 
@@ -137,12 +140,29 @@ def _unpack_attention_kernel(
         w, dw, db = _qkv_rows(
             sum_ptr, qk_weight_ptr, proj_weight_ptr, 0, block, score_scale, c, H, CP, CX, DP, GW, QW, R
         )
-        _store_rows(grad_qk_weight_ptr, grad_qk_bias_ptr, 0, block, norm1_weight_ptr, norm1_bias_ptr, dw, db, c)
+        _store_rows(
+            grad_qk_weight_ptr, grad_qk_bias_ptr, 0, block, norm1_weight_ptr, norm1_bias_ptr, dw, db, c
+        )
     elif job == 1:
         w, dw, db = _qkv_rows(
-            sum_ptr, qk_weight_ptr + c * c, proj_weight_ptr, 1, block, score_scale, c, H, CP, CX, DP, GW, QW, R
+            sum_ptr,
+            qk_weight_ptr + c * c,
+            proj_weight_ptr,
+            1,
+            block,
+            score_scale,
+            c,
+            H,
+            CP,
+            CX,
+            DP,
+            GW,
+            QW,
+            R,
         )
-        _store_rows(grad_qk_weight_ptr, grad_qk_bias_ptr, c, block, norm1_weight_ptr, norm1_bias_ptr, dw, db, c)
+        _store_rows(
+            grad_qk_weight_ptr, grad_qk_bias_ptr, c, block, norm1_weight_ptr, norm1_bias_ptr, dw, db, c
+        )
     elif job == 2:
         w, dw, db = _qkv_rows(
             sum_ptr, v_weight_ptr, proj_weight_ptr, 2, block, score_scale, c, H, CP, CX, DP, GW, QW, R

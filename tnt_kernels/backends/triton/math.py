@@ -43,7 +43,7 @@ def normal_tail(a, DEGREE: tl.constexpr):
 def gelu(x, T: tl.constexpr):
     """x Phi(x) = max(x, 0) - |x| Phi(-|x|), to the accuracy of dtype T: a twentieth of its rounding error."""
     a = tl.abs(x)
-    tail = normal_tail(a, 8 if T == tl.float32 else (5 if T == tl.float16 else 3))
+    tail = normal_tail(a, 8 if tl.float32 == T else (5 if tl.float16 == T else 3))
     return tl.maximum(x, 0.0) - a * tail
 
 
@@ -51,7 +51,7 @@ def gelu(x, T: tl.constexpr):
 def gelu_and_derivative(x, T: tl.constexpr):
     """GELU, and its derivative Phi(x) + x phi(x), to the accuracy of dtype T."""
     a = tl.abs(x)
-    tail = normal_tail(a, 8 if T == tl.float32 else 5)
+    tail = normal_tail(a, 8 if tl.float32 == T else 5)
     # phi(x) = exp(-x^2 / 2) / sqrt(2 pi)
     density = 0.3989422804 * tl.exp2(-0.7213475204 * a * a)
     value = tl.maximum(x, 0.0) - a * tail
