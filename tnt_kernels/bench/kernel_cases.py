@@ -38,6 +38,7 @@ class KernelCase:
     op: str
     sizes: dict[str, Any] = field(hash=False)
     backward: bool = False
+    odd: bool = False  # a size that is not TNT's
 
     @property
     def title(self) -> str:
@@ -52,7 +53,7 @@ class KernelCase:
     @property
     def sentences(self) -> int:
         """Sentences of the call, or tokens in the outer half."""
-        return TOKENS[0] * TOKENS[1] if self.op in OUTER else SENTENCES
+        return TOKENS[0] * TOKENS[1] if self.op in OUTER else self.sizes.get("s", SENTENCES)
 
     def launches(self, precision: str, architecture: int) -> list[runtime.Launch]:
         """What the launcher of the forward pass, or that of the backward pass, launches."""
@@ -118,26 +119,20 @@ def _mlp(width: int, dtype: torch.dtype, norm: str) -> dict[str, Tensor | None]:
     }
 
 
-def _noise(rows: int, names: tuple[str, ...], rates: tuple[str, ...], drop: bool) -> dict[str, Any]:
-    """Factors of stochastic depth, and dropout."""
-    if not drop:
-        return {}
-    factors = {name: _meta(rows, dtype=torch.float32) for name in names}
-    dropout = dict.fromkeys(rates, 0.1)
-    return factors | dropout | ({"seed": _meta(1, dtype=torch.int64)} if rates else {})
+def _drop_path(rows: int, drop_path: bool) -> dict[str, Tensor]:
+    names = ("drop_path1", "drop_path2") if drop_path else ()
+    return {name: _meta(rows, dtype=torch.float32) for name in names}
 
 
 def _inner_block(
-    dtype: torch.dtype, c: int, heads: int, m: int = 16, drop_path: bool = False, dropout: bool = False
+    dtype: torch.dtype, c: int, heads: int, m: int = 16, s: int = SENTENCES, drop_path: bool = False
 ) -> dict[str, Any]:
-    rates = ("attn_drop", "proj_drop", "hidden_drop", "out_drop")
     return {
-        "x": _meta(SENTENCES, m, c, dtype=dtype),
+        "x": _meta(s, m, c, dtype=dtype),
         **_attention(c, dtype, "norm1"),
         **_mlp(c, dtype, "norm2"),
         "num_heads": heads,
-        **_noise(SENTENCES, ("drop_path1", "drop_path2"), (), drop_path),
-        **_noise(SENTENCES, (), rates, dropout),
+        **_drop_path(s, drop_path),
     }
 
 
@@ -170,7 +165,7 @@ def _outer_block(dtype: torch.dtype, d: int, heads: int, drop_path: bool = False
         **_attention(d, dtype, "norm1"),
         **_mlp(d, dtype, "norm2"),
         "num_heads": heads,
-        **_noise(TOKENS[0], ("drop_path1", "drop_path2"), (), drop_path),
+        **_drop_path(TOKENS[0], drop_path),
     }
 
 
@@ -184,9 +179,9 @@ ARGUMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 OUTER = frozenset({"outer_block"})
 
 
-def _both(op: str, **sizes: Any) -> Iterator[KernelCase]:
-    yield KernelCase(op, sizes)
-    yield KernelCase(op, sizes, backward=True)
+def _both(op: str, *, odd: bool = False, **sizes: Any) -> Iterator[KernelCase]:
+    yield KernelCase(op, sizes, odd=odd)
+    yield KernelCase(op, sizes, backward=True, odd=odd)
 
 
 CASES: tuple[KernelCase, ...] = (
@@ -194,21 +189,22 @@ CASES: tuple[KernelCase, ...] = (
     *_both("inner_block", c=24, heads=4),
     *_both("inner_block", c=40, heads=4),
     *_both("inner_block", c=48, heads=4),
-    *_both("inner_block", c=10, heads=5, m=9),
-    *_both("inner_block", c=64, heads=2, m=64),
+    *_both("inner_block", c=24, heads=4, s=196),
+    *_both("inner_block", c=40, heads=4, s=196),
     *_both("inner_block", c=24, heads=4, drop_path=True),
-    *_both("inner_block", c=24, heads=4, dropout=True),
-    *_both("inner_attention", c=24, heads=4),
-    *_both("inner_mlp", c=24),
+    *_both("inner_block", c=10, heads=5, m=9, odd=True),
+    *_both("inner_block", c=64, heads=2, m=64, odd=True),
+    *_both("inner_attention", c=24, heads=4, odd=True),
+    *_both("inner_mlp", c=24, odd=True),
     *_both("word_to_sentence", d=192, c=12),
     *_both("word_to_sentence", d=384, c=24),
     *_both("word_to_sentence", d=640, c=40),
     *_both("word_to_sentence", d=768, c=48),
-    *_both("word_to_sentence", d=1024, c=64),
-    *_both("word_to_sentence", d=384, c=24, legacy=True),
+    *_both("word_to_sentence", d=1024, c=64, odd=True),
+    *_both("word_to_sentence", d=384, c=24, legacy=True, odd=True),
     *_both("outer_block", d=384, heads=6),
     *_both("outer_block", d=640, heads=10),
-    *_both("outer_block", d=384, heads=6, drop_path=True),
+    *_both("outer_block", d=384, heads=6, drop_path=True, odd=True),
 )
 
 
