@@ -20,6 +20,7 @@ test: export TNT_BUILD_AMX_EMULATION = 1
 test: export TNT_BUILD_CPU = 1
 test: $(VENV)/.test native
 	$(BIN)/python -m pytest -rs --no-skips
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -rs --no-skips tests/interpreter
 
 bench: $(VENV)/.bench native
 	$(BIN)/python -m tnt_kernels bench

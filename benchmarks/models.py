@@ -13,18 +13,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tnt_kernels.bench import models, results, training
-from tnt_kernels.bench.cases import DTYPES
+from tnt_kernels.bench.cases import DEVICES, DTYPES
 from tnt_kernels.bench.engine import run
 from tnt_kernels.bench.environment import slug
 from tnt_kernels.bench.progress import Bar
 from tnt_kernels.bench.sizes import SIZES
 from tnt_kernels.cli.arguments import not_negative, positive
-from tnt_kernels.cli.bench import add_training_arguments, model_cases
+from tnt_kernels.cli.bench import add_training_arguments, default_names, model_cases
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def names(arguments: argparse.Namespace) -> Sequence[str]:
+    """Every baseline, but for those of the other device and those that tune themselves for minutes."""
+    if arguments.device == "cuda":
+        return default_names(arguments)
+    return list(training.BASELINES) if arguments.train else models.CPU_NAMES
 
 
 def main() -> int:
@@ -34,9 +42,12 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", choices=list(SIZES), default=["tnt_s", "tnt_b"])
     parser.add_argument("--batch", nargs="+", type=positive, help="default: 1 and 8; in training 8")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--baselines", nargs="+", choices=list(models.BASELINES), help="default: all")
+    parser.add_argument(
+        "--baselines", nargs="+", choices=list(models.BASELINES), help="default: all of the device"
+    )
     parser.add_argument("--rounds", type=not_negative, default=10, help="default: 10; 0: no timing")
     add_training_arguments(parser)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: the current GPU")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", type=Path)
@@ -45,7 +56,7 @@ def main() -> int:
     try:
         document = run(
             model_cases(arguments),
-            arguments.baselines or list((training if arguments.train else models).BASELINES),
+            arguments.baselines or names(arguments),
             rounds=arguments.rounds,
             threads=arguments.threads,
             with_memory=not arguments.no_memory,

@@ -11,11 +11,12 @@ and plots of them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
 from tnt_kernels.bench import ops, results
-from tnt_kernels.bench.cases import DTYPES
+from tnt_kernels.bench.cases import DEVICES, DTYPES
 from tnt_kernels.bench.engine import run
 from tnt_kernels.bench.environment import slug
 from tnt_kernels.bench.progress import Bar
@@ -35,6 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--batch", nargs="+", type=positive, default=[8])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: the current GPU")
     parser.add_argument("--backward", action="store_true", help="forward + backward, all gradients")
     parser.add_argument("--tiers", action="store_true", help="also every SIMD tier")
     parser.add_argument("--baselines", nargs="+", choices=list(ops.BASELINES), help="default: no tiers")
@@ -43,13 +45,11 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true", help="also peak memory (one process per entry)")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    cases = [
-        ops.OpCase(op, model, batch, dtype, arguments.backward)
-        for op in arguments.op
-        for model in arguments.model
-        for batch in arguments.batch
-        for dtype in arguments.dtype
-    ]
+    combinations = itertools.product(arguments.op, arguments.model, arguments.batch, arguments.dtype)
+    try:
+        cases = [ops.OpCase(*values, arguments.backward, arguments.device) for values in combinations]
+    except ValueError as error:
+        parser.error(str(error))
     document = run(
         cases,
         arguments.baselines or list(ops.BASELINES if arguments.tiers else ops.DEFAULT_NAMES),

@@ -67,9 +67,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     for axes in list(panels)[len(cases) :]:
         axes.axis("off")
     device = document["device"]
-    figure.suptitle(
-        f"{device['processor']['name']}, {device['threads']} threads, {document['date'][:10]}", fontsize=12
-    )
+    name = device.get("gpu", device["processor"])["name"]
+    figure.suptitle(f"{name}, {device['threads']} threads, {document['date'][:10]}", fontsize=12)
     figure.savefig(path, dpi=110)
     print(path)
 

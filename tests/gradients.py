@@ -10,6 +10,7 @@ from oracle import (
     ERROR_FLOOR,
     ERROR_RATIO,
     assert_same_special_values,
+    autocasting,
     in_dtype,
     largest_error,
     reference_arguments,
@@ -49,7 +50,7 @@ def gradients(
         else value
         for name, value in given.items()
     }
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+    with autocasting(values, autocast):
         out = function(**values)
     found = torch.autograd.grad(out, [values[name] for name in wanted], grad.to(out.dtype))
     return dict(zip(wanted, found, strict=True))
@@ -97,7 +98,7 @@ def check_gradients(
     if grad is None:
         with torch.no_grad():
             out = getattr(reference, op)(**reference_arguments(op, given))
-        grad = torch.randn(out.shape).to(out.dtype)
+        grad = torch.randn(out.shape).to(out)
     eager, exact = eager_and_exact_gradients(op, given, grad, autocast)
     with use_backend(backend):
         ours = gradients(getattr(ops, op), given, grad, autocast=autocast)

@@ -212,6 +212,16 @@ def in_dtype(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def on_device(given: Mapping[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def autocasting(given: Mapping[str, Any], dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to `dtype`, or none, on the device of the arguments."""
+    device = next(value.device.type for value in given.values() if isinstance(value, Tensor))
+    return torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 def eager_and_exact(
     op: str, given: Mapping[str, Any], autocast: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -219,7 +229,7 @@ def eager_and_exact(
     values = reference_arguments(op, given)
     function = getattr(reference, op)
     with torch.no_grad():
-        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with autocasting(values, autocast):
             eager = function(**values)
         return eager, function(**in_dtype(values, torch.float64))
 
@@ -228,11 +238,7 @@ def run(
     op: str, given: Mapping[str, Any], autocast: torch.dtype | None = None, backend: str = "cpu"
 ) -> Tensor:
     """Calls the public function without gradients on a backend, under autocast if a dtype is given."""
-    with (
-        torch.no_grad(),
-        use_backend(backend),
-        torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
-    ):
+    with torch.no_grad(), use_backend(backend), autocasting(given, autocast):
         return getattr(ops, op)(**given)
 
 

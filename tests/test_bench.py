@@ -37,6 +37,7 @@ class TinyCase:
     kind = "op"
     unit = "images/s"
     dtype = "float32"
+    device = "cpu"
     title = "tiny"
     items = 4
     x = torch.linspace(-1, 1, 64)

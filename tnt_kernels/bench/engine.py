@@ -70,7 +70,7 @@ def run(
             "schema": SCHEMA,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "rounds": rounds,
-            "device": describe(),
+            "device": describe(gpu=any(case.device == "cuda" for case in cases)),
             "results": [],
         }
         for case in cases:
@@ -119,6 +119,8 @@ def run_case(
     passed = list(runners)
     runners.clear()
     gc.collect()
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
     if with_memory:
         _measure_memory(case, passed, entries, artifacts, progress)
     return {
@@ -135,7 +137,9 @@ def run_case(
 def _time(case: Case, runners: dict[str, Runner], entries: Entries, rounds: int, progress: Progress) -> None:
     progress.start(f"{case.title}: {rounds} rounds", rounds * len(runners))
     calls = {name: runner.call for name, runner in runners.items()}
-    for name, measured in timing.interleave(calls, rounds, on_step=progress.step).items():
+    clock = timing.GpuClock(cold=case.kind == "op") if case.device == "cuda" else None
+    found = timing.interleave(calls, rounds, on_step=progress.step, measure=clock)
+    for name, measured in found.items():
         low, high = measured.quartiles
         entries[name].update(
             median_ms=measured.median * 1e3,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,42 @@ def load_average() -> float | None:
         return None
 
 
-def describe() -> dict[str, Any]:
-    """The block that every result file begins with."""
+def gpus() -> list[dict[str, Any]]:
+    """Name, compute capability and memory of every GPU that torch sees, and the driver's version."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        of = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": of.name,
+                "capability": f"{of.major}.{of.minor}",
+                "multiprocessors": of.multi_processor_count,
+                "memory_gib": round(of.total_memory / 2**30, 1),
+                "driver": _driver(),
+                "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+            }
+        )
+    return found
+
+
+@functools.cache
+def _driver() -> str:
+    """Version of the GPU driver, as nvidia-smi tells it; empty where it does not."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
+
+
+def describe(gpu: bool = False) -> dict[str, Any]:
+    """The block that every result file begins with. gpu: the measurement was taken on the current GPU."""
     memory = memory_gib()
     return {
+        **({"gpu": gpus()[torch.cuda.current_device()]} if gpu else {}),
         "processor": processor(),
         "memory_gib": None if memory is None else round(memory, 1),
         "system": f"{platform.system()} {platform.release()}",
@@ -107,7 +141,9 @@ def variables() -> dict[str, str]:
 
 
 def slug(environment: dict[str, Any]) -> str:
-    """File name for results of this device: 'AMD EPYC', 2 cores -> 'amd-epyc-2-cores'."""
+    """File name for results of this device: 'AMD EPYC', 2 cores -> 'amd-epyc-2-cores', or a GPU's name."""
+    if "gpu" in environment:
+        return re.sub(r"[^a-z0-9]+", "-", environment["gpu"]["name"].lower()).strip("-")
     name = re.sub(r"\((r|tm)\)", "", environment["processor"]["name"], flags=re.IGNORECASE)
     words = f"{name} {environment['processor']['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

@@ -3,8 +3,9 @@
 The process sets the baseline up, calls it twice, gives freed memory back to the system, and then watches
 its own peak over three more calls. `peak_mib` is that peak (interpreter, libraries, weights, packed copies,
 optimizer state, and what a call needs); `call_mib` is the part of it that was not resident between calls.
-Linux alone can reset the peak; elsewhere `peak_mib` is that of the whole process with its set-up, and
-`call_mib` is None. Where a call has a backward pass, `saved_mib` is what the forward pass holds for it.
+On a GPU it is the memory that PyTorch's allocator gave out there, counted likewise. Of resident memory, Linux
+alone can reset the peak; elsewhere `peak_mib` is that of the whole process with its set-up, and `call_mib` is
+None. Where a call has a backward pass, `saved_mib` is what the forward pass holds for it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 CALLS = 3
 
@@ -74,6 +77,23 @@ def whole_process_mib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (unit / 2**20)
 
 
+def watch_gpu(call: Any) -> dict[str, Any]:
+    """Peak memory of `call` on the current GPU, once it has settled."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(CALLS):
+        call()
+    peak = torch.cuda.max_memory_allocated()
+    return {
+        "peak_mib": round(peak / 2**20, 1),
+        "call_mib": round((peak - held) / 2**20, 1),
+        "measure": "peak on the GPU over calls after warm-up",
+    }
+
+
 def watch(call: Any) -> dict[str, Any]:
     """Peak memory of `call`, once it has settled."""
     for _ in range(2):
@@ -100,15 +120,13 @@ def watch(call: Any) -> dict[str, Any]:
 
 
 def main(argument: str) -> int:
-    import torch
-
     from tnt_kernels.bench.engine import case_of
 
     request = json.loads(argument)
     torch.set_num_threads(request["threads"])
     case = case_of(request["kind"], request["fields"])
     runner = case.baselines()[request["name"]].build(case, Path(request["artifacts"]))
-    found = watch(runner.call)
+    found = watch_gpu(runner.call) if case.device == "cuda" else watch(runner.call)
     if runner.saved_bytes is not None:
         found["saved_mib"] = round(runner.saved_bytes() / 2**20, 1)
     print(json.dumps(found), flush=True)

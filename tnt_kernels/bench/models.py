@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from tnt_kernels._timm import import_timm
-from tnt_kernels.bench.cases import Baseline, NotRunError, Runner, check_dtype, compiled, torch_call
+from tnt_kernels.bench.cases import (
+    Baseline,
+    NotRunError,
+    Runner,
+    check_device,
+    check_dtype,
+    compiled,
+    graphed,
+    torch_call,
+)
 from tnt_kernels.bench.sizes import IMAGE_SIZE, size_of
 from tnt_kernels.models.accelerate import accelerate
 from tnt_kernels.models.checkpoint import to_timm
@@ -29,11 +38,15 @@ CHECKED_IMAGES = 8
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One model at 224 px. dtype float32, or bfloat16: autocast where the runtime is PyTorch."""
+    """One model at 224 px. dtype float32, or bfloat16: autocast where the runtime is PyTorch.
+
+    device: "cpu" or "cuda", the current GPU.
+    """
 
     model: str
     batch: int
     dtype: str = "float32"
+    device: str = "cpu"
 
     kind = "model"
     unit = "images/s"
@@ -43,6 +56,7 @@ class ModelCase:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         size_of(self.model)
         check_dtype(self.dtype)
+        check_device(self.device)
 
     @property
     def title(self) -> str:
@@ -59,10 +73,10 @@ class ModelCase:
         return BASELINES
 
     def exact(self, family: str) -> Tensor:
-        return exact_logits(self.model, family, self.batch)
+        return exact_logits(self.model, family, self.batch, self.device)
 
     def eager(self, family: str) -> Tensor:
-        return eager_logits(self.model, family, self.batch, self.dtype)
+        return eager_logits(self.model, family, self.batch, self.dtype, self.device)
 
     def checked(self, output: Tensor) -> Tensor:
         return output[checked_images(self.batch)]
@@ -87,9 +101,10 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def images(batch: int) -> Tensor:
+def images(batch: int, device: str = "cpu") -> Tensor:
     """Seeded images [batch, 3, 224, 224], normal: of the scale that preprocessing gives a photograph."""
-    return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device)
 
 
 def checked_images(batch: int) -> list[int]:
@@ -132,63 +147,104 @@ def eager_network(model: str, family: str, drop_path_rate: float = 0.0) -> nn.Mo
 
 
 @functools.lru_cache(maxsize=2)
-def eager_model(model: str, family: str) -> nn.Module:
+def eager_model(model: str, family: str, device: str) -> nn.Module:
     """`eager_network`, made once; nobody changes it."""
-    return eager_network(model, family)
+    return eager_network(model, family).to(device)
 
 
 @functools.lru_cache(maxsize=4)
-def exact_logits(model: str, family: str, batch: int) -> Tensor:
+def exact_logits(model: str, family: str, batch: int, device: str = "cpu") -> Tensor:
     """Logits of the checked images in float64."""
-    exact = copy.deepcopy(eager_model(model, family)).double()
+    exact = copy.deepcopy(eager_model(model, family, device)).double()
     with torch.inference_mode():
-        return exact(images(batch)[checked_images(batch)].double())
+        return exact(images(batch, device)[checked_images(batch)].double())
 
 
 @functools.lru_cache(maxsize=4)
-def eager_logits(model: str, family: str, batch: int, dtype: str) -> Tensor:
+def eager_logits(model: str, family: str, batch: int, dtype: str, device: str = "cpu") -> Tensor:
     """Logits of the checked images in eager PyTorch."""
-    return torch_call(eager_model(model, family), (images(batch)[checked_images(batch)],), dtype)()
+    checked = images(batch, device)[checked_images(batch)]
+    return torch_call(eager_model(model, family, device), (checked,), dtype)()
 
 
 def _torch(case: ModelCase, model: Any) -> Runner:
-    return Runner(torch_call(model, (images(case.batch),), case.dtype), check_dtype(case.dtype))
+    call = torch_call(model, (images(case.batch, case.device),), case.dtype)
+    return Runner(call, check_dtype(case.dtype))
+
+
+def _timm_tnt(case: ModelCase) -> nn.Module:
+    return timm_tnt(case.model).to(case.device)
+
+
+def _fast_tnt(case: ModelCase) -> FastTNT:
+    return FastTNT.from_reference(reference(case.model)).eval().to(case.device)
 
 
 def _timm(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, timm_tnt(case.model))
+    return _torch(case, _timm_tnt(case))
 
 
 def _reference(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, reference(case.model))
+    return _torch(case, copy.deepcopy(reference(case.model)).to(case.device))
 
 
 def _timm_compiled(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, compiled(timm_tnt(case.model)))
+    return _torch(case, compiled(_timm_tnt(case)))
 
 
 def _timm_frozen(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, compiled(timm_tnt(case.model), freezing=True))
+    return _torch(case, compiled(_timm_tnt(case), freezing=True))
+
+
+def _timm_reduce_overhead(case: ModelCase, artifacts: Path) -> Runner:
+    _needs_gpu(case)
+    return _torch(case, compiled(_timm_tnt(case), mode="reduce-overhead"))
+
+
+def _timm_max_autotune(case: ModelCase, artifacts: Path) -> Runner:
+    _needs_gpu(case)
+    return _torch(case, compiled(_timm_tnt(case), mode="max-autotune"))
 
 
 def _fast(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, FastTNT.from_reference(reference(case.model)).eval())
+    return _torch(case, _fast_tnt(case))
 
 
 def _fast_compiled(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, compiled(FastTNT.from_reference(reference(case.model)).eval()))
+    return _torch(case, compiled(_fast_tnt(case)))
+
+
+def _fast_reduce_overhead(case: ModelCase, artifacts: Path) -> Runner:
+    _needs_gpu(case)
+    return _torch(case, compiled(_fast_tnt(case), mode="reduce-overhead"))
+
+
+def _fast_graph(case: ModelCase, artifacts: Path) -> Runner:
+    _needs_gpu(case)
+    call = torch_call(_fast_tnt(case), (images(case.batch, case.device),), case.dtype)
+    return Runner(graphed(call), check_dtype(case.dtype))
 
 
 def _accelerated(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, accelerate(timm_tnt(case.model)))
+    return _torch(case, accelerate(_timm_tnt(case)))
 
 
 def _deit(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, eager_model(case.model, "deit"))
+    return _torch(case, eager_model(case.model, "deit", case.device))
 
 
 def _deit_compiled(case: ModelCase, artifacts: Path) -> Runner:
-    return _torch(case, compiled(eager_model(case.model, "deit")))
+    return _torch(case, compiled(eager_model(case.model, "deit", case.device)))
+
+
+def _needs_cpu(case: ModelCase) -> None:
+    if case.device != "cpu":
+        raise NotRunError("measured on the CPU alone")
+
+
+def _needs_gpu(case: ModelCase) -> None:
+    if case.device != "cuda":
+        raise NotRunError("CUDA graphs need a GPU")
 
 
 @contextlib.contextmanager
@@ -205,6 +261,7 @@ def _quiet() -> Iterator[None]:
 
 def _onnxruntime(case: ModelCase, artifacts: Path) -> Runner:
     """Always float32: the CPU provider of ONNX Runtime has no bfloat16 kernels for these operators."""
+    _needs_cpu(case)
     try:
         import onnxruntime
     except ImportError as error:
@@ -240,6 +297,7 @@ def _exported_onnx(case: ModelCase, artifacts: Path) -> Path:
 
 
 def _openvino(case: ModelCase, artifacts: Path) -> Runner:
+    _needs_cpu(case)
     try:
         import openvino
     except ImportError as error:
@@ -274,15 +332,31 @@ BASELINES: dict[str, Baseline] = {
         Baseline("timm", "timm TNT, eager", _timm),
         Baseline("compile", "timm TNT, torch.compile", _timm_compiled),
         Baseline("frozen", "timm TNT, torch.compile with frozen weights", _timm_frozen),
+        Baseline("reduce_overhead", "timm TNT, torch.compile reduce-overhead", _timm_reduce_overhead),
+        Baseline("max_autotune", "timm TNT, torch.compile max-autotune", _timm_max_autotune),
         Baseline("onnxruntime", "timm TNT, ONNX Runtime", _onnxruntime),
         Baseline("openvino", "timm TNT, OpenVINO", _openvino),
         Baseline("reference", "plain TNT of this package, eager", _reference),
         Baseline("fast", "FastTNT", _fast, ours=True),
         Baseline("fast_compile", "FastTNT, torch.compile", _fast_compiled, ours=True),
+        Baseline(
+            "fast_reduce_overhead",
+            "FastTNT, torch.compile reduce-overhead",
+            _fast_reduce_overhead,
+            ours=True,
+        ),
+        Baseline("fast_graph", "FastTNT, CUDA graph", _fast_graph, ours=True),
         Baseline("accelerate", "accelerate(timm TNT)", _accelerated, ours=True),
         Baseline("deit", "timm DeiT, eager", _deit, family="deit"),
         Baseline("deit_compile", "timm DeiT, torch.compile", _deit_compiled, family="deit"),
     )
 }
 DEFAULT_NAMES = ("timm", "compile", "fast", "fast_compile", "accelerate", "deit", "deit_compile")
-ALL_NAMES = tuple(BASELINES)
+GPU_NAMES = (
+    "timm", "compile", "reduce_overhead", "fast", "fast_compile", "fast_reduce_overhead", "fast_graph",
+    "accelerate", "deit", "deit_compile",
+)  # fmt: skip
+CPU_NAMES = (
+    "timm", "compile", "frozen", "onnxruntime", "openvino", "reference", "fast", "fast_compile", "accelerate",
+    "deit", "deit_compile",
+)  # fmt: skip

@@ -16,9 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnt_kernels import native, ops, outer
+from tnt_kernels import gpu, native, ops, outer
 from tnt_kernels.bench.accuracy import Gradients, Result
-from tnt_kernels.bench.cases import Baseline, NotRunError, Runner, check_dtype, compiled, torch_call
+from tnt_kernels.bench.cases import (
+    Baseline,
+    NotRunError,
+    Runner,
+    check_device,
+    check_dtype,
+    compiled,
+    device_type,
+    torch_call,
+)
 from tnt_kernels.bench.gradients import by_size
 from tnt_kernels.bench.sizes import IMAGE_SIZE, SENTENCES, WORDS, Size, size_of
 from tnt_kernels.dispatch import use_backend
@@ -116,10 +125,12 @@ OPS: dict[str, Op] = {
 }
 
 
-def arguments(op: str, model: str, batch: int, dtype: torch.dtype = torch.float32) -> Arguments:
+def arguments(
+    op: str, model: str, batch: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Arguments:
     """Tensors (positional) and options (keywords) of one call; the values are the same in every dtype."""
     tensors, options = OPS[op].arguments(size_of(model), batch, _Draw(seed=0))
-    return tuple(None if t is None else t.to(dtype) for t in tensors), options
+    return tuple(None if t is None else t.to(device, dtype) for t in tensors), options
 
 
 class Backward:
@@ -138,11 +149,11 @@ class Backward:
         self.wanted = [t for t in self.tensors if t is not None]
         with torch.no_grad():
             out = self.forward()
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
         self.upstream = upstream.to(dtype).to(out.dtype)
 
     def forward(self) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(device_type(self.tensors), torch.bfloat16, enabled=self.autocast):
             return self.function(*self.tensors)
 
     def gradients(self) -> tuple[Tensor, ...]:
@@ -157,9 +168,9 @@ class Backward:
 
 
 @functools.lru_cache(maxsize=2)
-def exact(op: str, model: str, batch: int, backward: bool = False) -> Result:
+def exact(op: str, model: str, batch: int, backward: bool = False, device: str = "cpu") -> Result:
     """The result in float64, or the gradients."""
-    tensors, options = arguments(op, model, batch, torch.float64)
+    tensors, options = arguments(op, model, batch, torch.float64, device)
     with use_backend("reference"):
         if backward:
             return Backward(OPS[op].function, tensors, options, torch.float32).result(op)
@@ -189,6 +200,7 @@ class OpCase:
     """One operator at the shapes of a model: 196 sentences of 16 words per image, 224 px.
 
     dtype float32, or bfloat16: autocast over float32 tensors. backward: with the gradients of all tensors.
+    device: "cpu" or "cuda", the current GPU.
     """
 
     op: str
@@ -196,6 +208,7 @@ class OpCase:
     batch: int
     dtype: str = "float32"
     backward: bool = False
+    device: str = "cpu"
 
     kind = "op"
     unit = "images/s"
@@ -207,6 +220,7 @@ class OpCase:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         size_of(self.model)
         check_dtype(self.dtype)
+        check_device(self.device)
 
     @property
     def title(self) -> str:
@@ -224,7 +238,7 @@ class OpCase:
         return BASELINES
 
     def exact(self, family: str) -> Result:
-        return exact(self.op, self.model, self.batch, self.backward)
+        return exact(self.op, self.model, self.batch, self.backward, self.device)
 
     def eager(self, family: str) -> Result:
         runner = _eager(self, Path())
@@ -235,7 +249,7 @@ class OpCase:
 
 
 def _runner(case: OpCase, function: Callable[..., Tensor], backend: str, tier: str | None = None) -> Runner:
-    tensors, options = arguments(case.op, case.model, case.batch)
+    tensors, options = arguments(case.op, case.model, case.batch, device=case.device)
     precision = check_dtype(case.dtype)
 
     def on_path(once: Callable[[], Any]) -> Any:
@@ -265,13 +279,19 @@ def _compiled(case: OpCase, artifacts: Path) -> Runner:
 
 
 def _fast(case: OpCase, artifacts: Path) -> Runner:
-    if native.load() is None:
-        raise NotRunError(str(native.why_missing()))
-    return _runner(case, OPS[case.op].function, "cpu")
+    why = gpu.why_unusable(0) if case.device == "cuda" else native.why_missing()
+    if why is not None:
+        raise NotRunError(why)
+    return _runner(case, OPS[case.op].function, "triton" if case.device == "cuda" else "cpu")
 
 
 def _tier(tier: str) -> Callable[[OpCase, Path], Runner]:
-    return lambda case, artifacts: _runner(case, OPS[case.op].function, "cpu", tier)
+    def build(case: OpCase, artifacts: Path) -> Runner:
+        if case.device != "cpu":
+            raise NotRunError("SIMD tiers are the CPU's")
+        return _runner(case, OPS[case.op].function, "cpu", tier)
+
+    return build
 
 
 TIERS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tnt_kernels.bench import gradients
 from tnt_kernels.bench.accuracy import Gradients
-from tnt_kernels.bench.cases import Baseline, Runner, check_dtype, compiled
+from tnt_kernels.bench.cases import Baseline, Runner, check_device, check_dtype, compiled
 from tnt_kernels.bench.models import checked_images, eager_network, images, reference, timm_tnt
 from tnt_kernels.bench.sizes import size_of
 from tnt_kernels.models.accelerate import accelerate
@@ -30,13 +30,14 @@ SEED = 3  # of stochastic depth in the step that is checked
 class TrainingCase:
     """One model at 224 px. dtype float32, or bfloat16: autocast over float32 parameters.
 
-    drop_path: rate of stochastic depth in the last block.
+    drop_path: rate of stochastic depth in the last block; device: "cpu" or "cuda", the current GPU.
     """
 
     model: str
     batch: int
     dtype: str = "float32"
     drop_path: float = 0.0
+    device: str = "cpu"
 
     kind = "training"
     unit = "images/s"
@@ -48,6 +49,7 @@ class TrainingCase:
             raise ValueError(f"drop_path must lie in [0, 1), got {self.drop_path}")
         size_of(self.model)
         check_dtype(self.dtype)
+        check_device(self.device)
 
     @property
     def title(self) -> str:
@@ -65,18 +67,18 @@ class TrainingCase:
         return BASELINES
 
     def exact(self, family: str) -> Gradients:
-        return exact_gradients(self.model, family, self.batch, self.drop_path)
+        return exact_gradients(self.model, family, self.batch, self.drop_path, self.device)
 
     def eager(self, family: str) -> Gradients:
-        return eager_gradients(self.model, family, self.batch, self.dtype, self.drop_path)
+        return eager_gradients(self.model, family, self.batch, self.dtype, self.drop_path, self.device)
 
     def checked(self, result: Gradients) -> Gradients:
         return result
 
 
-def labels(batch: int) -> Tensor:
+def labels(batch: int, device: str = "cpu") -> Tensor:
     """Seeded class indices [batch]."""
-    return torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(2))
+    return torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(2)).to(device)
 
 
 def step_gradients(
@@ -88,7 +90,7 @@ def step_gradients(
     """
     model.train()
     model.zero_grad(set_to_none=True)
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=[image.device] if image.is_cuda else ()):
         torch.manual_seed(SEED)
         logits, loss = _forward(network, image, label, dtype)
     loss.backward()
@@ -100,31 +102,35 @@ def step_gradients(
 def _forward(
     network: Callable[[Tensor], Tensor], image: Tensor, label: Tensor, dtype: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = network(image)
         return logits, F.cross_entropy(logits, label)
 
 
 @functools.lru_cache(maxsize=2)
-def exact_gradients(model: str, family: str, batch: int, drop_path: float) -> Gradients:
+def exact_gradients(model: str, family: str, batch: int, drop_path: float, device: str = "cpu") -> Gradients:
     """Logits and gradients of the checked images in float64."""
-    exact, checked = eager_network(model, family, drop_path).double(), checked_images(batch)
-    return step_gradients(exact, exact, images(batch)[checked].double(), labels(batch)[checked], "float32")
+    exact, checked = eager_network(model, family, drop_path).to(device).double(), checked_images(batch)
+    image, label = images(batch, device)[checked].double(), labels(batch, device)[checked]
+    return step_gradients(exact, exact, image, label, "float32")
 
 
 @functools.lru_cache(maxsize=2)
-def eager_gradients(model: str, family: str, batch: int, dtype: str, drop_path: float) -> Gradients:
+def eager_gradients(
+    model: str, family: str, batch: int, dtype: str, drop_path: float, device: str = "cpu"
+) -> Gradients:
     """Logits and gradients of the checked images in eager PyTorch."""
-    eager, checked = eager_network(model, family, drop_path), checked_images(batch)
-    return step_gradients(eager, eager, images(batch)[checked], labels(batch)[checked], dtype)
+    eager, checked = eager_network(model, family, drop_path).to(device), checked_images(batch)
+    image, label = images(batch, device)[checked], labels(batch, device)[checked]
+    return step_gradients(eager, eager, image, label, dtype)
 
 
 def _runner(case: TrainingCase, model: nn.Module, compile: bool = False) -> Runner:
-    model.train()
+    model = model.to(case.device).train()
     # With stochastic depth, eager's random numbers: the check needs the same branches dropped.
-    options = {"fallback_random": True} if case.drop_path else {}
+    options: dict[str, Any] = {"fallback_random": True} if case.drop_path else {}
     network = compiled(model, **options) if compile else model
-    image, label = images(case.batch), labels(case.batch)
+    image, label = images(case.batch, case.device), labels(case.batch, case.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
 
     def loss() -> Tensor:
@@ -170,11 +176,15 @@ def _fast_compiled(case: TrainingCase, artifacts: Path) -> Runner:
 
 
 def _accelerated(case: TrainingCase, artifacts: Path) -> Runner:
-    return _runner(case, accelerate(timm_tnt(case.model, case.drop_path)))
+    return _runner(case, accelerate(timm_tnt(case.model, case.drop_path).to(case.device)))
 
 
 def _deit(case: TrainingCase, artifacts: Path) -> Runner:
     return _runner(case, eager_network(case.model, "deit", case.drop_path))
+
+
+def _deit_compiled(case: TrainingCase, artifacts: Path) -> Runner:
+    return _runner(case, eager_network(case.model, "deit", case.drop_path), compile=True)
 
 
 BASELINES: dict[str, Baseline] = {
@@ -187,6 +197,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("fast_compile", "FastTNT, torch.compile", _fast_compiled, ours=True),
         Baseline("accelerate", "accelerate(timm TNT)", _accelerated, ours=True),
         Baseline("deit", "timm DeiT, eager", _deit, family="deit"),
+        Baseline("deit_compile", "timm DeiT, torch.compile", _deit_compiled, family="deit"),
     )
 }
 DEFAULT_NAMES = ("timm", "compile", "fast", "accelerate", "deit")

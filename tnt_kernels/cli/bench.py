@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tnt_kernels.bench import models, results, training
-from tnt_kernels.bench.cases import DTYPES, Case
+from tnt_kernels.bench.cases import DEVICES, DTYPES, Case
 from tnt_kernels.bench.engine import run as run_engine
 from tnt_kernels.bench.progress import Bar
 from tnt_kernels.bench.sizes import SIZES
@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=list(SIZES), default=["tnt_s"])
     parser.add_argument("--batch", nargs="+", type=positive, default=[8], help="one or more (default: 8)")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="default: cpu; cuda is the current GPU"
+    )
     parser.add_argument("--threads", type=positive, help="threads (default: torch's)")
     parser.add_argument(
         "--rounds", type=not_negative, default=10, help="interleaved rounds (default: 10); 0: no timing"
@@ -53,20 +56,29 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def model_cases(arguments: argparse.Namespace) -> Sequence[Case]:
     """Every combination of the models, batches and dtypes asked for.
 
-    Raises ValueError for --drop-path without --train.
+    Raises ValueError for --drop-path without --train, and for --device cuda without a GPU.
     """
     if arguments.drop_path and not arguments.train:
         raise ValueError("--drop-path needs --train: stochastic depth acts in training alone")
     combinations = itertools.product(arguments.model, arguments.batch, arguments.dtype)
     if arguments.train:
-        return [training.TrainingCase(*values, arguments.drop_path) for values in combinations]
-    return [models.ModelCase(*values) for values in combinations]
+        return [
+            training.TrainingCase(*values, arguments.drop_path, arguments.device) for values in combinations
+        ]
+    return [models.ModelCase(*values, arguments.device) for values in combinations]
+
+
+def default_names(arguments: argparse.Namespace) -> Sequence[str]:
+    """The baselines that are measured where none are named."""
+    if arguments.train:
+        return training.DEFAULT_NAMES
+    return models.GPU_NAMES if arguments.device == "cuda" else models.DEFAULT_NAMES
 
 
 def run(arguments: argparse.Namespace) -> int:
     document = run_engine(
         model_cases(arguments),
-        arguments.baselines or (training if arguments.train else models).DEFAULT_NAMES,
+        arguments.baselines or default_names(arguments),
         rounds=arguments.rounds,
         threads=arguments.threads,
         with_memory=not arguments.no_memory,

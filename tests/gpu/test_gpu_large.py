@@ -1,0 +1,94 @@
+"""More sentences than a grid's other axes have, and more elements than 32 bits address."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpu_cases import (
+    BACKEND,
+    DEVICE,
+    MAKERS,
+    eager_and_exact,
+    exactly,
+    our_gradients,
+    ours,
+    plain_gradients,
+    public,
+)
+from gradients import assert_gradients_as_accurate
+from oracle import assert_as_accurate, on_device
+
+from tnt_kernels.dispatch import use_backend
+
+PIECE = 1024  # sentences at either end that are compared
+
+
+def needs_gib(gib: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib:.0f} GiB of GPU memory, {free:.0f} are free")
+
+
+def ends(given: dict[str, Any], first: bool) -> dict[str, Any]:
+    """The call on the first or the last sentences alone."""
+    return {**given, "x": given["x"][:PIECE] if first else given["x"][-PIECE:]}
+
+
+def test_more_than_65535_sentences() -> None:
+    for op, sizes in (("inner_block", (70_001, 16, 24, 4)), ("word_to_sentence", (359, 196, 16, 24, 384))):
+        given = on_device(MAKERS[op](*sizes, dtype=torch.float32), DEVICE)
+        assert next(iter(given.values())).shape[0] > 65_535
+        eager, exact = eager_and_exact(op, given)
+        assert_as_accurate(ours(op, given), eager, exact, what=op)
+        del eager, exact
+        stream = given["tokens" if "tokens" in given else "x"]
+        grad = torch.randn_like(stream)
+        found, eagers = our_gradients(op, given, grad), plain_gradients(op, given, grad)
+        for name, gradient in found.items():  # float64 would need tens of gigabytes
+            scale = eagers[name].abs().max()
+            assert (gradient - eagers[name]).abs().max() <= 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_than_2_to_31_elements(dtype: torch.dtype) -> None:
+    sentences = 2**31 // (16 * 24) + 1001
+    needs_gib(sentences * 16 * 24 * dtype.itemsize * 5 / 2**30)
+    given = on_device(MAKERS["inner_block"](1, 16, 24, 4, dtype=dtype), DEVICE)
+    given["x"] = torch.empty(sentences, 16, 24, dtype=dtype, device=DEVICE).normal_()
+    out = ours("inner_block", given)
+    for first in (True, False):
+        piece = ends(given, first)
+        eager, exact = eager_and_exact("inner_block", piece)
+        assert_as_accurate(out[:PIECE] if first else out[-PIECE:], eager, exact)
+    del out
+    grad = torch.empty_like(given["x"]).normal_()
+    given = {n: v.requires_grad_(n == "x") if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+    found = words_gradient(given, grad)
+    for first in (True, False):
+        piece, upstream = ends(given, first), grad[:PIECE] if first else grad[-PIECE:]
+        piece = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in piece.items()}
+        eager = plain_gradients("inner_block", piece, upstream)
+        exact = plain_gradients("inner_block", exactly(piece), upstream.double())
+        of_piece = found[:PIECE] if first else found[-PIECE:]
+        assert_gradients_as_accurate({"x": of_piece}, {"x": eager["x"]}, {"x": exact["x"]})
+
+
+def words_gradient(given: dict[str, Any], grad: torch.Tensor) -> torch.Tensor:
+    with use_backend(BACKEND):
+        return torch.autograd.grad(public("inner_block")(**given), given["x"], grad)[0]
+
+
+def test_projection_of_more_than_2_to_31_elements() -> None:
+    batch = 2**31 // (196 * 16 * 24) + 3
+    needs_gib(batch * 196 * 16 * 24 * 2 * 3 / 2**30)
+    given = on_device(MAKERS["word_to_sentence"](1, 1, 16, 24, 64, dtype=torch.bfloat16), DEVICE)
+    given["words"] = torch.empty(batch * 196, 16, 24, dtype=torch.bfloat16, device=DEVICE).normal_()
+    given["tokens"] = torch.empty(batch, 197, 64, dtype=torch.bfloat16, device=DEVICE).normal_()
+    out = ours("word_to_sentence", given)
+    for images in (slice(0, 4), slice(-4, None)):
+        words = given["words"].view(batch, 196, 16, 24)[images].flatten(0, 1)
+        piece = {**given, "words": words, "tokens": given["tokens"][images]}
+        eager, exact = eager_and_exact("word_to_sentence", piece)
+        assert_as_accurate(out[images], eager, exact)

@@ -1,0 +1,189 @@
+"""Registers, stack, shared memory and instructions of every Triton kernel, and the limits that they keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from tnt_kernels.bench import sass
+from tnt_kernels.bench.kernel_cases import KernelCase
+from tnt_kernels.bench.results import table
+
+# Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical
+# specifications per compute capability).
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+ARCHITECTURES = tuple(SHARED)
+
+# Instructions per sentence that the inner block's forward pass may take on sm_90 in bfloat16, by case.
+GOALS = {
+    "inner_block c=24 heads=4": 1284,
+    "inner_block c=40 heads=4": 2161,
+    "inner_block c=48 heads=4": 2258,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel of a case, compiled for an architecture; `problem` is what the compiler said if it failed."""
+
+    case: str
+    backward: bool
+    precision: str
+    architecture: int
+    kernel: str  # with "#2" and so on where a case launches it again with other code
+    config: tuple[int, ...]  # rows, warps, stages
+    resources: sass.Resources | None
+    instructions: float | None  # of all warps of all programs, per sentence; without those repeated by loops
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision} sm_{self.architecture} {self.kernel}"
+
+    def limits(self) -> dict[str, float]:
+        """The figures that are held to limits."""
+        found = self.resources
+        if found is None or self.instructions is None:
+            return {}
+        return {
+            "registers": found.registers,
+            "stack": found.stack,
+            "spilled": found.spilled,
+            "shared": found.shared,
+            "instructions": self.instructions,
+        }
+
+
+def measure(cases: Sequence[KernelCase], wanted: Sequence[tuple[str, int]]) -> tuple[Row, ...]:
+    """Compiles the kernels of every case for the pairs of precision and architecture wanted.
+
+    A precision that a launcher refuses raises its error.
+    """
+    launched = [
+        (case, precision, architecture, launch)
+        for case in cases
+        for precision, architecture in wanted
+        for launch in case.launches(precision, architecture)
+    ]
+    compilations = [sass.compilation_of(launch, architecture) for _, _, architecture, launch in launched]
+    compiled = sass.compile_all(compilations)
+    rows: dict[tuple[str, str], dict[sass.Compilation, Row]] = {}
+    for (case, precision, architecture, launch), compilation in zip(launched, compilations, strict=True):
+        found = compiled[compilation]
+        base = f"{precision} sm_{architecture} {compilation.kernel}"
+        same = rows.setdefault((case.title, base), {})
+        if compilation in same:
+            continue
+        kernel = compilation.kernel + (f"#{len(same) + 1}" if same else "")
+        begin = (case.title, case.backward, precision, architecture, kernel, tuple(launch.config))
+        if isinstance(found, str):
+            same[compilation] = Row(*begin, None, None, found)
+        else:
+            warps = launch.grid[0] * compilation.warps
+            same[compilation] = Row(*begin, found, round(found.total * warps / case.sentences, 1))
+    return tuple(row for same in rows.values() for row in same.values())
+
+
+def violations(rows: Sequence[Row], limits: Mapping[str, Any]) -> list[str]:
+    """What is wrong with compiled kernels, one line for each.
+
+    Rules for any compiler: forward kernels have no stack, no program takes more shared memory than the
+    architecture has, ptxas has not collapsed, the goals are kept. The committed limits hold for the version
+    of Triton that they were written with.
+    """
+    found = [line for row in rows for line in _violations(row)]
+    found += _missed_goals(rows)
+    if limits.get("triton") == triton.__version__:
+        found += [line for row in rows for line in _over(row, limits["kernels"].get(row.case, {}))]
+    return found
+
+
+def _violations(row: Row) -> Iterator[str]:
+    where = f"{row.case}: {row.name}"
+    if row.resources is None:
+        yield f"{where}: not compiled: {row.problem}"
+        return
+    if row.resources.collapsed:
+        yield (
+            f"{where}: ptxas collapsed: {row.resources.registers} registers, "
+            f"{row.resources.stack} bytes of stack"
+        )
+    elif row.resources.stack and not row.backward:
+        yield f"{where}: {row.resources.stack} bytes of stack in a forward kernel"
+    if row.resources.shared > SHARED[row.architecture]:
+        yield (
+            f"{where}: {row.resources.shared} bytes of shared memory, sm_{row.architecture} has "
+            f"{SHARED[row.architecture]}"
+        )
+
+
+def _missed_goals(rows: Sequence[Row]) -> Iterator[str]:
+    for case, goal in GOALS.items():
+        of_case = [r for r in rows if (r.case, r.precision, r.architecture) == (case, "bfloat16", 90)]
+        taken = sum(row.instructions or 0.0 for row in of_case)
+        if taken > goal:
+            yield f"{case}: {taken:.0f} instructions per sentence on sm_90, the goal is {goal}"
+        longest = max(of_case, key=lambda row: row.instructions or 0.0, default=None)
+        if longest is not None and longest.resources is not None and longest.resources.loops:
+            yield f"{case}: {longest.name} has a loop: it takes more instructions than were counted"
+
+
+def _over(row: Row, limits: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    where = f"{row.case}: {row.name}"
+    if row.resources is None:
+        return
+    if row.name not in limits:
+        yield f"{where}: no limit (benchmarks/resources.py --write-limits)"
+        return
+    for what, value in row.limits().items():
+        if value > limits[row.name][what]:
+            yield f"{where}: {what} {value:g}, the limit is {limits[row.name][what]:g}"
+
+
+def load_limits(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def save_limits(rows: Sequence[Row], path: Path) -> None:
+    """Writes the figures of these rows as the limits, one line for each kernel."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(f"   {json.dumps(row.name)}: {json.dumps(row.limits())}")
+    blocks = [f"  {json.dumps(case)}: {{\n" + ",\n".join(lines) + "\n  }" for case, lines in cases.items()]
+    text = f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n' + ",\n".join(blocks) + "\n }\n}\n"
+    path.write_text(text, "utf-8")
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]
+
+
+def report(rows: Sequence[Row]) -> str:
+    """A markdown table, one line for each kernel. A count with a + has loops, whose rounds it leaves out."""
+    kinds = [*sass.KINDS, "other"]
+    headers = [
+        "case", "precision", "sm", "kernel", "rows, warps, stages", "registers", "stack", "spilled", "shared",
+        "instructions per sentence", "in loops", *kinds,
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        found = row.resources
+        head = [row.case, row.precision, str(row.architecture), row.kernel, ", ".join(map(str, row.config))]
+        if found is None:
+            lines.append([*head, "not compiled", *[""] * (len(headers) - len(head) - 1)])
+            continue
+        lines.append(
+            [
+                *head,
+                *map(str, (found.registers, found.stack, found.spilled, found.shared)),
+                f"{row.instructions:.0f}{'+' * bool(found.loops)}",
+                f"{found.looped} of {found.total}" if found.loops else "",
+                *(str(found.instructions[kind]) for kind in kinds),
+            ]
+        )
+    return table(headers, lines, right=range(5, len(headers)))
