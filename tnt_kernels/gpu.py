@@ -29,7 +29,8 @@ def _why_unusable(device: int) -> str | None:
         return "torch sees no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
         major, minor = torch.cuda.get_device_capability(device)
-        return f"GPU {device} is of compute capability {major}.{minor}; {OLDEST[0]}.{OLDEST[1]} is the oldest supported"
+        oldest = ".".join(map(str, OLDEST))
+        return f"GPU {device} is of compute capability {major}.{minor}; {oldest} is the oldest supported"
     try:
         # Triton builds its launcher with a C compiler at the first launch: only a launch tells.
         importlib.import_module("tnt_kernels.backends.triton.probe").run(device)

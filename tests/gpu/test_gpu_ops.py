@@ -1,4 +1,4 @@
-"""Every operation on the GPU: as accurate as eager PyTorch against float64, and with the same bits every run."""
+"""Every operation on the GPU: as accurate as eager PyTorch against float64, the same bits every run."""
 
 from __future__ import annotations
 

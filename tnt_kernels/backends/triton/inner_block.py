@@ -81,20 +81,14 @@ def linear(
 def linear_transposed(
     na, nb, w_ptr, N: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """(n w^T)^T: [BS, N, MP]. Its transpose is a right operand as it lies in registers; that of n w^T is not."""
+    """(n w^T)^T: [BS, N, MP]. Transposed it is a right operand as it lies in registers; n w^T is not."""
+    BS: tl.constexpr = na.shape[0]
     w_ptr += tl.arange(0, N)[:, None] * (CA + CB)
-    w = tl.load(w_ptr + tl.arange(0, CA)[None, :])
-    y = tl.dot(
-        tl.broadcast_to(w[None], [na.shape[0], N, CA]), tl.trans(na, 0, 2, 1), input_precision=PRECISION
-    )
+    w = tl.broadcast_to(tl.load(w_ptr + tl.arange(0, CA)[None, :])[None], [BS, N, CA])
+    y = tl.dot(w, tl.trans(na, 0, 2, 1), input_precision=PRECISION)
     if CB:
-        w = tl.load(w_ptr + CA + tl.arange(0, CB)[None, :])
-        y = tl.dot(
-            tl.broadcast_to(w[None], [na.shape[0], N, CB]),
-            tl.trans(nb, 0, 2, 1),
-            y,
-            input_precision=PRECISION,
-        )
+        w = tl.broadcast_to(tl.load(w_ptr + CA + tl.arange(0, CB)[None, :])[None], [BS, N, CB])
+        y = tl.dot(w, tl.trans(nb, 0, 2, 1), y, input_precision=PRECISION)
     return y
 
 
@@ -223,8 +217,6 @@ def attention_half(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x + proj(attention(LN(x))), of words as load_words returns them."""
-    BS: tl.constexpr = xa.shape[0]
-    MP: tl.constexpr = xa.shape[1]
     CP: tl.constexpr = CA + CB
     QW: tl.constexpr = NG * GW
     NB: tl.constexpr = NG // LOOPS  # groups at a time
@@ -473,7 +465,7 @@ def inner_attention(x: Tensor, *args: Any) -> Tensor:
     parameters, options = args[:8], args[8:]
     num_heads, scale, eps, compute_dtype = options[:4]
     drop_path, seed, *drops = noise(options[4:], 2, 2)
-    _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
+    _checks.check_inner_attention(x, *(*parameters, num_heads, compute_dtype))
     _checks.check_drop_path("inner_attention", x, drop_path=drop_path)
     _checks.check_dropout("inner_attention", x, (seed, *drops), _checks.ATTENTION_DROPS)
     if not runs("inner_attention", x, compute_dtype, drops):
@@ -486,7 +478,7 @@ def inner_mlp(x: Tensor, *args: Any) -> Tensor:
     parameters, options = args[:6], args[6:]
     eps, compute_dtype = options[:2]
     drop_path, seed, *drops = noise(options[2:], 2, 2)
-    _checks.check_inner_mlp(x, *parameters, compute_dtype)
+    _checks.check_inner_mlp(x, *(*parameters, compute_dtype))
     _checks.check_drop_path("inner_mlp", x, drop_path=drop_path)
     _checks.check_dropout("inner_mlp", x, (seed, *drops), _checks.MLP_DROPS)
     if not runs("inner_mlp", x, compute_dtype, drops):

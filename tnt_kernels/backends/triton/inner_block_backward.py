@@ -40,7 +40,7 @@ from tnt_kernels.backends.triton.inner_pack import pack
 from tnt_kernels.backends.triton.inner_shapes import InnerShape, Packing
 from tnt_kernels.backends.triton.inner_unpack import unpack
 from tnt_kernels.backends.triton.math import gelu_and_derivative
-from tnt_kernels.backends.triton.runtime import dot_precision, launch
+from tnt_kernels.backends.triton.runtime import contiguous, dot_precision, launch
 
 __all__ = ["inner_attention_backward", "inner_block_backward", "inner_mlp_backward"]
 
@@ -161,7 +161,7 @@ def _mlp_backward_kernel(
     grad_x_ptr,  # [S, m, c] or None
     w_ptr,  # Packing.weights, without an attention half
     bias_ptr,  # Packing.biases, likewise
-    sums_ptr,  # [programs, size] float32 or None: fc1 [HP, CP], fc2 [CP, HP], fc1's bias [HP], fc2's bias [CP]
+    sums_ptr,  # [programs, InnerShape.mlp_sums] float32, or None
     drop_path_ptr,  # [S] or None
     S,
     tiles,
@@ -285,7 +285,7 @@ def _attention_backward_kernel(
     grad_x_ptr,  # [S, m, c] or None
     w_ptr,  # Packing.weights, whose first part is the attention half's
     bias_ptr,  # Packing.biases, likewise
-    sums_ptr,  # [programs, size] float32 or None: qkv [3 QW, CP], proj [CP, QW], q's bias [QW], proj's bias [CP]
+    sums_ptr,  # [programs, InnerShape.attention_sums] float32, or None
     drop_path_ptr,  # [S] or None
     S,
     tiles,
@@ -411,9 +411,9 @@ def _launch_half(
     grad_x = torch.empty_like(x) if words else None
     sums = torch.empty((programs, size), dtype=torch.float32, device=x.device) if weights else None
     arguments = {
-        "x_ptr": x, "grad_ptr": grad, "grad_x_ptr": grad_x, "w_ptr": packed.weights, "bias_ptr": packed.biases,
-        "sums_ptr": sums, "drop_path_ptr": drop_path, "S": x.shape[0], "tiles": tiles, "size": size, "eps": eps,
-        **more,
+        "x_ptr": x, "grad_ptr": grad, "grad_x_ptr": grad_x, "w_ptr": packed.weights,
+        "bias_ptr": packed.biases, "sums_ptr": sums, "drop_path_ptr": contiguous(drop_path),
+        "S": x.shape[0], "tiles": tiles, "size": size, "eps": eps, **more,
     }  # fmt: skip
     constants = {**shape.constants, "PRECISION": dot_precision(dtype), "BS": sentences}
     launch(kernel, (programs,), arguments, constants, config)
@@ -465,8 +465,8 @@ def _launch(
             grad = grad_between
     if parameters[0] is not None and below:
         grad_x, attention_sums = _launch_half(
-            _attention_backward_kernel, x, grad, packed_attention, attention_only, drop_path1, eps1, shape.attention_sums,
-            needed[0], any(needed[1:9]), eye=4 * shape.QW * shape.CP,
+            _attention_backward_kernel, x, grad, packed_attention, attention_only, drop_path1, eps1,
+            shape.attention_sums, needed[0], any(needed[1:9]), eye=4 * shape.QW * shape.CP,
         )  # fmt: skip
         if grad_x is not None:
             grad = grad_x
@@ -494,7 +494,7 @@ def inner_attention_backward(grad: Tensor, needed: Sequence[bool], x: Tensor, *a
     parameters, options = args[:8], args[8:]
     num_heads, scale, eps, compute_dtype = options[:4]
     drop_path, seed, *drops = noise(options[4:], 2, 2)
-    _checks.check_inner_attention(x, *parameters, num_heads, compute_dtype)
+    _checks.check_inner_attention(x, *(*parameters, num_heads, compute_dtype))
     _checks.check_drop_path("inner_attention", x, drop_path=drop_path)
     _checks.check_dropout("inner_attention", x, (seed, *drops), _checks.ATTENTION_DROPS)
     _checks.check_gradient("inner_attention_backward", grad, x.shape, x.dtype, x.device)
@@ -511,7 +511,7 @@ def inner_mlp_backward(grad: Tensor, needed: Sequence[bool], x: Tensor, *args: A
     parameters, options = args[:6], args[6:]
     eps, compute_dtype = options[:2]
     drop_path, seed, *drops = noise(options[2:], 2, 2)
-    _checks.check_inner_mlp(x, *parameters, compute_dtype)
+    _checks.check_inner_mlp(x, *(*parameters, compute_dtype))
     _checks.check_drop_path("inner_mlp", x, drop_path=drop_path)
     _checks.check_dropout("inner_mlp", x, (seed, *drops), _checks.MLP_DROPS)
     _checks.check_gradient("inner_mlp_backward", grad, x.shape, x.dtype, x.device)

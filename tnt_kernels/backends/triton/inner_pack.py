@@ -220,7 +220,10 @@ def pack(
     launch(
         _pack_kernel,
         (rows // _ROWS,),
-        {"out_ptr": weights, "bias_ptr": biases, **pointers, "score_scale": score_scale * LOG2_E, "hidden": shape.hidden},
+        {
+            "out_ptr": weights, "bias_ptr": biases, **pointers, "score_scale": score_scale * LOG2_E,
+            "hidden": shape.hidden,
+        },
         {
             "c": shape.c, "H": shape.heads, "CP": cp, "CX": triton.next_power_of_2(cp), "CA": shape.CA,
             "DP": shape.DP, "GW": shape.GW, "QW": qw, "QX": triton.next_power_of_2(qw), "HP": hp,

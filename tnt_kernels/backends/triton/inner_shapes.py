@@ -86,7 +86,7 @@ class InnerShape(NamedTuple):
 
     @property
     def loops(self) -> int:
-        """In how many steps attention takes the groups: all at once costs registers, but fewer instructions."""
+        """Steps in which attention takes the groups: all at once takes fewer instructions, more registers."""
         few = self.CP <= 32 and self.groups & (self.groups - 1) == 0 and self.groups <= 2
         return 1 if few else self.groups
 
@@ -95,7 +95,8 @@ class InnerShape(NamedTuple):
         """Constexpr parameters that all kernels of the inner block have."""
         return {
             "m": self.m, "c": self.c, "H": self.heads, "MP": self.MP, "CA": self.CA, "CB": self.CB,
-            "DP": self.DP, "GW": self.GW, "NG": self.groups, "HP": self.HP, "HC": self.HC, "LOOPS": self.loops,
+            "DP": self.DP, "GW": self.GW, "NG": self.groups, "HP": self.HP, "HC": self.HC,
+            "LOOPS": self.loops,
         }  # fmt: skip
 
 

@@ -188,10 +188,7 @@ def _unpack_attention_kernel(
         dshift = tl.zeros([CX], tl.float32)
         for block in range(BLOCKS):
             for part in tl.static_range(3):
-                if part < 2:
-                    ptr = qk_weight_ptr + part * c * c
-                else:
-                    ptr = v_weight_ptr
+                ptr = qk_weight_ptr + part * c * c if part < 2 else v_weight_ptr
                 w, dw, db = _qkv_rows(
                     sum_ptr, ptr, proj_weight_ptr, part, block, score_scale, c, H, CP, CX, DP, GW, QW, R
                 )
