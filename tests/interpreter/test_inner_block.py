@@ -11,6 +11,7 @@ from oracle import (
     assert_as_accurate,
     attention_parameters,
     eager_and_exact,
+    in_dtype,
     inner_parameters,
     mlp_parameters,
     operator_arguments,
@@ -280,3 +281,29 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     args = operator_arguments("inner_block", arguments("inner_block", SHAPES[0]))
     with pytest.raises((TypeError, ValueError), match="grad"):
         inner_block_backward.inner_block_backward(torch.ones(2), [True] * 18, *args)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float16", "autocast_float16"])
+@pytest.mark.parametrize("shape", [(60, *SHAPES[0][1:]), (40, *SHAPES[1][1:]), (30, *SHAPES[2][1:])], ids=str)
+def test_16_bit_products(shape: tuple[Any, ...], autocast: bool) -> None:
+    """float16 only: the interpreter multiplies the bits of bfloat16."""
+    given = arguments("inner_block", shape)
+    if not autocast:
+        given = in_dtype(given, torch.float16)
+    compute_dtype = torch.float16 if autocast else None
+    args = operator_arguments("inner_block", given, compute_dtype)
+    eager, exact = eager_and_exact("inner_block", given, compute_dtype)
+    ours = inner_block.inner_block(*args)
+    assert ours.dtype == given["x"].dtype
+    assert_as_accurate(ours, eager, exact)
+
+    grad = randn(*given["x"].shape).to(ours.dtype)
+    needed = [True] * 15 + [False] * 3
+    gradients = [
+        inner_block_backward.inner_block_backward(grad, needed, *args),
+        COMPOSITES["inner_block_backward"](grad, needed, *args),
+        COMPOSITES["inner_block_backward"](
+            double(grad), needed, *map(double, operator_arguments("inner_block", given))
+        ),
+    ]
+    assert_gradients_as_accurate(*(dict(zip(names_of("inner_block"), g, strict=False)) for g in gradients))
