@@ -36,9 +36,10 @@ PARAMETERS = (
 @triton.jit
 def vector(ptr, index, mask):
     """Elements of a vector that may be absent, in float32."""
-    if ptr is None:
-        return tl.zeros(index.shape, tl.float32)
-    return tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
+    value = tl.zeros(index.shape, tl.float32)
+    if ptr is not None:
+        value = tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
