@@ -605,4 +605,11 @@ def part_as_written(module: nn.Module, part: Part) -> str | None:
     """Why a part has to run as it is written, as far as its modules tell, or None."""
     if part.refused is not None:
         return part.refused
-    return active_noise(module, part.noise) or changed(module, part.members)
+    return active_noise(module, part.noise) or changed(module, part.members) or _active_drops(module, part)
+
+
+def _active_drops(module: nn.Module, part: Part) -> str | None:
+    """The kernels for GPUs have no dropout of their own."""
+    why = active_noise(module, tuple(noise for _, noise in part.drops))
+    on_gpu = why is not None and any(parameter.is_cuda for parameter in module.parameters())
+    return f"{why}, which the triton backend cannot do" if on_gpu else None
