@@ -20,7 +20,7 @@ from tnt_kernels import _checks, dispatch
 from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.configs import Config, config_of
 from tnt_kernels.backends.triton.inner_pack import pack
-from tnt_kernels.backends.triton.inner_shapes import InnerShape, Packing
+from tnt_kernels.backends.triton.inner_shapes import InnerShape, Packing, inner_shape
 from tnt_kernels.backends.triton.math import batched_dot, gelu
 from tnt_kernels.backends.triton.runtime import architecture, contiguous, dot_precision, launch
 
@@ -432,7 +432,7 @@ def _launch(
         return torch.empty_like(x)
     attention, mlp = parameters[0] is not None, parameters[8] is not None
     fc1_weight = parameters[10]
-    shape = InnerShape(x.shape[1], x.shape[2], num_heads, 0 if fc1_weight is None else fc1_weight.shape[0])
+    shape = inner_shape(x.shape[1], x.shape[2], num_heads, 0 if fc1_weight is None else fc1_weight.shape[0])
     packed = pack(parameters, shape, scale, product_dtype(x, compute_dtype), x.device)
     return launch_forward(x, packed, shape, attention, mlp, eps1, eps2, drop_path1, drop_path2)
 

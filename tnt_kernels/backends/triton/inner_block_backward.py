@@ -37,7 +37,7 @@ from tnt_kernels.backends.triton.inner_block import (
     store_words,
 )
 from tnt_kernels.backends.triton.inner_pack import pack
-from tnt_kernels.backends.triton.inner_shapes import InnerShape, Packing
+from tnt_kernels.backends.triton.inner_shapes import InnerShape, Packing, inner_shape
 from tnt_kernels.backends.triton.inner_unpack import unpack
 from tnt_kernels.backends.triton.math import gelu_and_derivative
 from tnt_kernels.backends.triton.runtime import contiguous, dot_precision, launch
@@ -439,7 +439,8 @@ def _launch(
     if x.numel() == 0 or not wanted:
         return [torch.zeros_like(tensor) for tensor in wanted]
     fc1_weight = parameters[10]
-    shape = InnerShape(x.shape[1], x.shape[2], num_heads, 0 if fc1_weight is None else fc1_weight.shape[0])
+    _, m, c = x.shape
+    shape = inner_shape(m, c, num_heads, 0 if fc1_weight is None else fc1_weight.shape[0])
     dtype = product_dtype(x, compute_dtype)
     x, grad = x.contiguous(), grad.contiguous()
     attention, mlp = parameters[:8], parameters[8:]
@@ -448,7 +449,7 @@ def _launch(
     below = needed[0] or any(needed[1:9])  # whether the gradient reaches the attention half
 
     if parameters[0] is not None:
-        attention_only = shape._replace(hidden=0)
+        attention_only = inner_shape(m, c, num_heads, 0)
         packed_attention = pack((*attention, *no_mlp), attention_only, scale, dtype, x.device)
     if parameters[8] is not None:
         between = x
