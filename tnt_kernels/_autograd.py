@@ -22,6 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "COMPOSITES",
+    "autograd_on",
     "composite_backward",
     "define_backward",
     "define_train",
@@ -93,7 +94,7 @@ def composite_backward(
             args[i] = args[i].detach().requires_grad_(wants)
             if wants:
                 wanted.append(args[i])
-    with _autograd_on(), torch.enable_grad():
+    with autograd_on(), torch.enable_grad():
         out = composite(*args)
         found = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     return [
@@ -102,7 +103,7 @@ def composite_backward(
     ]
 
 
-def _autograd_on() -> AbstractContextManager[Any]:
+def autograd_on() -> AbstractContextManager[Any]:
     """Autograd inside an operator, which the dispatcher may have switched off around it."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):

@@ -63,9 +63,14 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 
 
 def held_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """Dtype in which the CPU holds operands of matrix products: float16 is computed in float32."""
+    """Dtype in which operands of matrix products are held: the CPU computes float16 in float32."""
     held = x.dtype if compute_dtype is None else compute_dtype
-    return torch.float32 if held == torch.float16 else held
+    return torch.float32 if held == torch.float16 and x.device.type == "cpu" else held
+
+
+def stream_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the sums of the residual stream x inside a block."""
+    return held_dtype(x, None)
 
 
 pixel_embed = _define(
@@ -113,8 +118,9 @@ outer_block = _define(
     "Tensor fc2_weight, Tensor? fc2_bias, int num_heads, float scale, float eps1, float eps2, "
     "ScalarType? compute_dtype, Tensor? drop_path1=None, Tensor? drop_path2=None) -> Tensor",
     reference.inner_block_in,
-    # q, k and v of every token [B, N, 3d]; what attention puts out [B, N, d]; tokens + attention's branch
-    # [B, N, d]; the hidden layer before its GELU [B, N, hidden]
+    # q, k and v of every token [B, N, 3d]; what attention puts out [B, N, d], or on GPUs [0], since backward
+    # computes it again there; tokens + attention's branch [B, N, d]; the hidden layer before its GELU
+    # [B, N, hidden]
     activations=("qkv", "attended", "z", "h"),
 )
 # (x + y, LayerNorm(x + y)). Without y the first result is an empty tensor of shape [0], because an
@@ -198,13 +204,12 @@ def _(tokens: Tensor, *args: Any) -> Tensor:
 def _(tokens: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _check_block(_checks.check_outer_block, "outer_block_train", "tokens", tokens, args)
     held = held_dtype(tokens, args[18])
-    z_dtype = torch.float32 if tokens.dtype == torch.float16 else tokens.dtype
     batch, n, d = tokens.shape
     return (
         tokens.new_empty((batch, n, d)),
         tokens.new_empty((batch, n, 3 * d), dtype=held),
-        tokens.new_empty((batch, n, d), dtype=held),
-        tokens.new_empty((batch, n, d), dtype=z_dtype),
+        tokens.new_empty((batch, n, d) if tokens.device.type == "cpu" else 0, dtype=held),
+        tokens.new_empty((batch, n, d), dtype=stream_dtype(tokens)),
         tokens.new_empty((batch, n, args[10].shape[0]), dtype=held),
     )
 

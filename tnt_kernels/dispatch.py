@@ -45,7 +45,7 @@ TRAINABLE = frozenset(
 )
 # Operators with kernels for GPUs, and the limits of those: words in a sentence, channels of a word and of a
 # token. `linear` and `layer_norm` are those of the class token alone, which are PyTorch's own on a GPU.
-TRITON_OPS = frozenset({"inner_attention", "inner_block", "inner_mlp"})
+TRITON_OPS = frozenset({"add_layer_norm", "inner_attention", "inner_block", "inner_mlp", "outer_block"})
 MAX_WORDS, MAX_INNER_DIM, MAX_OUTER_DIM, OUTER_DIM_STEP = 64, 64, 1024, 16
 
 _override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)
@@ -183,6 +183,9 @@ def over_limits(op: str, tensors: Sequence[Tensor | None]) -> str | None:
             return f"words have {first.shape[-1]} channels; the triton backend takes up to {MAX_INNER_DIM}"
         if first.dim() == 3 and first.shape[1] > MAX_WORDS:
             return f"sentences have {first.shape[1]} words; the triton backend takes up to {MAX_WORDS}"
+    elif op == "outer_block":
+        if first.shape[-1] > MAX_OUTER_DIM:
+            return f"tokens have {first.shape[-1]} channels; the triton backend takes up to {MAX_OUTER_DIM}"
     elif op == "word_to_sentence":
         for tensor in tensors:
             if tensor is not None and tensor.dim() == 2:  # the weight [d, m * c]

@@ -21,6 +21,7 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_in",
     "attention",
+    "autocast_to",
     "inner_attention",
     "inner_attention_in",
     "inner_block",
@@ -246,7 +247,7 @@ def packed_linear(
     return F.gelu(out) if gelu else out
 
 
-def _autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def autocast_to(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to dtype whatever surrounds it; None switches it off."""
     if device == "meta":  # autocast does not know it, and computes nothing there
         return nullcontext()
@@ -263,7 +264,7 @@ def _in_compute_dtype(
     lower = compute_dtype in (torch.bfloat16, torch.float16) and device != "meta"
     if compute_dtype is not None and not lower:
         args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-    with _autocast(device, compute_dtype if lower else None):
+    with autocast_to(device, compute_dtype if lower else None):
         return function(*args).to(out_dtype)
 
 
@@ -309,10 +310,10 @@ def word_to_sentence_in(words: Tensor, tokens: Tensor, *args: Any) -> Tensor:
 
 
 def add_layer_norm_in(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    with _autocast(x.device.type, None):
+    with autocast_to(x.device.type, None):
         return add_layer_norm(x, *args)
 
 
 def packed_linear_in(x: Tensor, *args: Any) -> Tensor:
-    with _autocast(x.device.type, None):
+    with autocast_to(x.device.type, None):
         return packed_linear(x, *args)

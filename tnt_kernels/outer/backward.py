@@ -8,45 +8,22 @@ oneDNN's matrix products give the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnt_kernels import _checks, _ops, native
-from tnt_kernels._autograd import composite_backward, tensor_positions
+from tnt_kernels import _ops, native
+from tnt_kernels._autograd import composite_backward
 from tnt_kernels.backends import reference
 from tnt_kernels.backends.cpu import CODES
 from tnt_kernels.outer import products
-from tnt_kernels.outer.cpu import launch_layer_norm
-from tnt_kernels.outer.training import Block
+from tnt_kernels.outer.arguments import NAMES, POSITIONS, Block, Wanted, check_kept, gradient_of
+from tnt_kernels.outer.cpu import launch_layer_norm, norm_parameters
+from tnt_kernels.outer.training import images_at_a_time
 
 __all__ = ["outer_block_backward"]
-
-_POSITIONS = tensor_positions(_ops.outer_block)
-_NAMES = [Block._fields[i] for i in _POSITIONS]
-
-
-class _Wanted(NamedTuple):
-    """Which layers' outputs need a gradient so that every gradient asked for is there."""
-
-    norm1: bool
-    qkv: bool
-    proj: bool
-    norm2: bool
-    fc1: bool
-
-    @classmethod
-    def of(cls, needed: dict[str, bool]) -> _Wanted:
-        def parameters(*layers: str) -> bool:
-            return any(needed[f"{layer}_{kind}"] for layer in layers for kind in ("weight", "bias"))
-
-        norm1 = needed["tokens"] or parameters("norm1")
-        qkv = norm1 or parameters("qk", "v")
-        proj = qkv or parameters("proj")
-        norm2 = proj or parameters("norm2")
-        return cls(norm1, qkv, proj, norm2, fc1=norm2 or parameters("fc1"))
 
 
 class _Backward:
@@ -55,7 +32,7 @@ class _Backward:
     def __init__(self, block: Block, needed: dict[str, bool]) -> None:
         self.block = block
         self.needed = needed
-        self.wanted = _Wanted.of(needed)
+        self.wanted = Wanted.of(needed)
         self.sums: dict[str, Tensor] = {}
         held = self.held = block.held
         qkv_weight, _ = products.joined((block.qk_weight, block.v_weight), (None, None), held)
@@ -150,7 +127,7 @@ class _Backward:
         output: bool,
     ) -> Tensor | None:  # [tokens, d] the LayerNorm's output, if it is asked for
         block = self.block
-        weight, bias = block.norm1 if name == "norm1" else block.norm2
+        weight, bias = norm_parameters(*(block.norm1 if name == "norm1" else block.norm2))
         eps = block.eps1 if name == "norm1" else block.eps2
         d = x.shape[2]
         y = torch.empty((x.shape[0] * x.shape[1], d), dtype=self.held) if output else None
@@ -191,10 +168,10 @@ def outer_block_backward(
 ) -> list[Tensor]:
     block = Block(*args)
     block.check()
-    _check(block, grad=grad, qkv=qkv, attended=attended, z=z, h=h)
-    by_name = dict(zip(_NAMES, needed, strict=True))
+    check_kept(block, grad=grad, qkv=qkv, attended=attended, z=z, h=h)
+    by_name = dict(zip(NAMES, needed, strict=True))
     if native.load() is None or by_name["drop_path1"] or by_name["drop_path2"]:
-        return composite_backward(reference.inner_block_in, _POSITIONS, grad, needed, args)
+        return composite_backward(reference.inner_block_in, POSITIONS, grad, needed, args)
     x = block.source
     grad = grad.to(x.dtype).contiguous()
     qkv, attended, z, h = (tensor.contiguous() for tensor in (qkv, attended, z, h))
@@ -204,7 +181,7 @@ def outer_block_backward(
     def part(tensor: Tensor | None, images: slice) -> Any:
         return None if tensor is None else tensor[images]
 
-    size = block.images_at_a_time
+    size = images_at_a_time(block)
     for start in range(0, x.shape[0], size):
         images = slice(start, start + size)
         grad_z = backward.mlp(grad[images], z[images], h[images], part(block.drop_path2, images))
@@ -214,28 +191,7 @@ def outer_block_backward(
                 part(grad_x, images),
             )  # fmt: skip
     found = {"tokens": grad_x, **backward.sums}
-    return [_gradient_of(getattr(block, name), found.get(name)) for name in _NAMES if by_name[name]]
-
-
-def _check(block: Block, **given: Tensor) -> None:
-    batch, n, d = block.tokens.shape
-    tokens, held = block.tokens.dtype, block.held
-    expected = {
-        "grad": (d, tokens),
-        "qkv": (3 * d, held),
-        "attended": (d, held),
-        "z": (d, torch.float32 if tokens == torch.float16 else tokens),
-        "h": (block.fc1_weight.shape[0], held),
-    }
-    for name, (width, dtype) in expected.items():
-        tensor = given[name]
-        if tensor.shape != (batch, n, width) or tensor.dtype != dtype:
-            found = f"{tensor.dtype} of shape {list(tensor.shape)}"
-            raise _checks.error("outer_block_backward", name, f"{dtype} of shape {[batch, n, width]}", found)
-
-
-def _gradient_of(tensor: Tensor, gradient: Tensor | None) -> Tensor:
-    return torch.zeros_like(tensor) if gradient is None else gradient.to(tensor.dtype)
+    return [gradient_of(getattr(block, name), found.get(name)) for name in NAMES if by_name[name]]
 
 
 _ops.lib.impl("outer_block_backward", outer_block_backward, "CPU")

@@ -13,12 +13,16 @@ from tnt_kernels._ops import lib
 
 # Where the launcher of each operator is: a function of the operator's name in a module of this package.
 LAUNCHERS = {
+    "add_layer_norm": "add_layer_norm",
     "inner_attention": "inner_block",
-    "inner_block": "inner_block",
-    "inner_mlp": "inner_block",
     "inner_attention_backward": "inner_block_backward",
+    "inner_block": "inner_block",
     "inner_block_backward": "inner_block_backward",
+    "inner_mlp": "inner_block",
     "inner_mlp_backward": "inner_block_backward",
+    "outer_block": "outer_block",
+    "outer_block_backward": "outer_block_backward",
+    "outer_block_train": "outer_block",
 }
 
 

@@ -1,0 +1,132 @@
+"""The outer block on GPUs: cuBLAS's products, PyTorch's attention, and between them one pass each for
+residual with LayerNorm and for the GELU.
+
+Biases are added in the products' epilogues. Weights are joined and cast in every call: whether a copy kept
+over calls is out of date, the GPU alone could tell, and a CUDA graph would never ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnt_kernels import _checks
+from tnt_kernels.backends import reference
+from tnt_kernels.backends.triton.add_layer_norm import launch_add_layer_norm
+from tnt_kernels.backends.triton.gelu import launch_gelu
+from tnt_kernels.outer.arguments import Block
+
+__all__ = ["heads_of", "linear", "outer_block", "outer_block_train"]
+
+
+def linear(
+    x: Tensor,  # [tokens, inputs]
+    weight: Tensor,  # [outputs, inputs]
+    bias: Tensor | None,  # [outputs]
+) -> Tensor:  # [tokens, outputs], in the dtype of x
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Returns parts [outputs of each, ...] behind one another, cast on the way."""
+    size = sum(part.shape[0] for part in parts)
+    return torch.cat(list(parts), out=parts[0].new_empty((size, *parts[0].shape[1:]), dtype=dtype))
+
+
+def _joined_bias(block: Block) -> Tensor | None:
+    if block.qk_bias is None and block.v_bias is None:
+        return None
+    d = block.tokens.shape[2]
+    qk_bias = block.qk_weight.new_zeros(2 * d) if block.qk_bias is None else block.qk_bias
+    v_bias = block.v_weight.new_zeros(d) if block.v_bias is None else block.v_bias
+    return _joined((qk_bias, v_bias), block.held)
+
+
+def heads_of(
+    qkv: Tensor,  # [images, N, 3d]
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # views of q, k and v, [images, heads, N, d / heads] each
+    images, n, width = qkv.shape
+    q, k, v = qkv.view(images, n, 3, num_heads, width // 3 // num_heads).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _attention(
+    block: Block,
+    x: Tensor,  # [images, N, d]
+) -> tuple[Tensor, Tensor]:  # qkv [images, N, 3d]; attention's branch [tokens, d]
+    images, n, d = x.shape
+    y = x.new_empty((images * n, d), dtype=block.held)
+    launch_add_layer_norm(x, norm=block.norm1, eps=block.eps1, out=y)
+    qkv = linear(y, _joined((block.qk_weight, block.v_weight), block.held), _joined_bias(block))
+    qkv = qkv.view(images, n, 3 * d)
+    q, k, v = heads_of(qkv, block.num_heads)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=block.scale)
+    attended = attended.transpose(1, 2).reshape(images * n, d)  # as it lies, if a fused kernel wrote it
+    return qkv, linear(attended, block.proj_weight, block.proj_bias)
+
+
+def _hidden(
+    block: Block,
+    x: Tensor,  # [images, N, d]
+    branch: Tensor,  # [tokens, d]
+    shift: Tensor | None,  # [d]
+) -> tuple[
+    Tensor, Tensor
+]:  # z + shift [images, N, d]; the hidden layer of z before its GELU [tokens, hidden]
+    z, y = torch.empty_like(x), torch.empty_like(branch)
+    launch_add_layer_norm(
+        x, branch, factors=block.drop_path1, norm=block.norm2, eps=block.eps2, shift=shift, total=z, out=y
+    )
+    return z, linear(y, block.fc1_weight, block.fc1_bias)
+
+
+def _block_of(args: Sequence[Any]) -> Block:
+    block = Block(*args)
+    block.check()
+    return block
+
+
+def outer_block(*args: Any) -> Tensor:
+    """Returns the block's result [B, N, d]; the arguments are those of Block."""
+    block = _block_of(args)
+    x = block.source
+    if x.numel() == 0 or x.dtype == torch.float64:
+        return reference.inner_block_in(*args)
+    with reference.autocast_to(x.device.type, None):
+        # Then fc2's product adds to the residual, which its bias has reached before.
+        adds = block.drop_path2 is None and x.dtype == block.held
+        z, h = _hidden(block, x, _attention(block, x)[1], block.fc2_bias if adds else None)
+        launch_gelu(h, h)
+        if adds:
+            return z.view(-1, z.shape[2]).addmm_(h, block.fc2_weight.to(h.dtype).t()).view_as(z)
+        branch = linear(h, block.fc2_weight, block.fc2_bias)
+        launch_add_layer_norm(z, branch, factors=block.drop_path2, total=z)
+        return z
+
+
+def outer_block_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the block's result, and qkv, nothing for attended, z and h for outer_block_backward."""
+    block = _block_of(args)
+    x = block.source
+    if x.dtype == torch.float64:
+        raise _checks.error("outer_block_train", "tokens", "float32, bfloat16 or float16", x.dtype)
+    images, n, d = x.shape
+    absent = x.new_empty(0, dtype=block.held)
+    if images == 0:
+        hidden = block.fc1_weight.shape[0]
+        qkv, h = (x.new_empty((0, n, width), dtype=block.held) for width in (3 * d, hidden))
+        return torch.empty_like(x), qkv, absent, torch.empty_like(x), h
+    with reference.autocast_to(x.device.type, None):
+        qkv, branch = _attention(block, x)
+        z, h = _hidden(block, x, branch, None)
+        gelu = torch.empty_like(h)
+        launch_gelu(h, gelu)
+        out = torch.empty_like(x)
+        branch = linear(gelu, block.fc2_weight, block.fc2_bias)
+        launch_add_layer_norm(z, branch, factors=block.drop_path2, total=out)
+        return out, qkv, absent, z, h.view(images, n, -1)
