@@ -314,6 +314,24 @@ def test_arguments_and_activations_are_not_written() -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in first}) == len(first)
 
 
+def test_surroundings_have_no_influence() -> None:
+    """Below autograd, where the dispatcher calls an operator, and under an autocast that is not asked for."""
+    args = block_arguments(2, 9, 48, 3, drop_path=True)
+    grad, needed = randn(2, 9, 48), needed_of(args)
+
+    def run() -> list[Tensor]:
+        out, *kept = outer_block_train(*args)
+        found = outer_block_backward.outer_block_backward(grad, needed, *kept, *args)
+        return [outer_block(*args), out, *kept, *found]
+
+    expected = run()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch._C._AutoDispatchBelowAutograd():
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(outer_block(*args), expected[0])
+
+
 def test_special_values_stay_in_their_image() -> None:
     args = block_arguments(3, 7, 48, 3)
     clean = outer_block(*args)

@@ -37,9 +37,12 @@ def _gelu_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(h_ptr + at, at < size, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (x * _normal(x, h_ptr.dtype.element_ty)).to(out_ptr.dtype.element_ty), at < size)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    left = tl.minimum(size - first, BLOCK).to(tl.int32)
+    at = tl.arange(0, BLOCK)
+    x = tl.load(h_ptr + first + at, at < left, other=0.0).to(tl.float32)
+    y = x * _normal(x, h_ptr.dtype.element_ty)
+    tl.store(out_ptr + first + at, y.to(out_ptr.dtype.element_ty), at < left)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ over calls is out of date, the GPU alone could tell, and a CUDA graph would neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,30 +20,34 @@ from tnt_kernels.backends.triton.add_layer_norm import launch_add_layer_norm
 from tnt_kernels.backends.triton.gelu import launch_gelu
 from tnt_kernels.outer.arguments import Block
 
-__all__ = ["heads_of", "linear", "outer_block", "outer_block_train"]
+__all__ = ["cast", "heads_of", "outer_block", "outer_block_train"]
 
 
-def linear(
-    x: Tensor,  # [tokens, inputs]
-    weight: Tensor,  # [outputs, inputs]
-    bias: Tensor | None,  # [outputs]
-) -> Tensor:  # [tokens, outputs], in the dtype of x
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def cast(block: Block, names: Iterable[str], into: dict[str, Tensor] | None = None) -> Block:
+    """Returns the block with these parameters in the dtype of its products, copied by a single kernel where
+    they are of one dtype; those in `into` are copied there in any case."""
+    copies: dict[str, Any] = {} if into is None else into
+    for name in names:
+        parameter: Tensor | None = getattr(block, name)
+        if name not in copies and parameter is not None and parameter.dtype != block.held:
+            copies[name] = torch.empty(parameter.shape, dtype=block.held, device=parameter.device)
+    if copies:
+        torch._foreach_copy_(list(copies.values()), [getattr(block, name) for name in copies])
+    return block._replace(**copies)
 
 
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Returns parts [outputs of each, ...] behind one another, cast on the way."""
-    size = sum(part.shape[0] for part in parts)
-    return torch.cat(list(parts), out=parts[0].new_empty((size, *parts[0].shape[1:]), dtype=dtype))
-
-
-def _joined_bias(block: Block) -> Tensor | None:
-    if block.qk_bias is None and block.v_bias is None:
-        return None
+def _with_joined(block: Block) -> tuple[Block, Tensor, Tensor | None]:
+    """The block's linear layers in the dtype of its products; weight [3d, d] and bias [3d] of q, k and v."""
     d = block.tokens.shape[2]
-    qk_bias = block.qk_weight.new_zeros(2 * d) if block.qk_bias is None else block.qk_bias
-    v_bias = block.v_weight.new_zeros(d) if block.v_bias is None else block.v_bias
-    return _joined((qk_bias, v_bias), block.held)
+    weight = block.tokens.new_empty((3 * d, d), dtype=block.held)
+    parts = {"qk_weight": weight[: 2 * d], "v_weight": weight[2 * d :]}
+    bias = None
+    if block.qk_bias is not None or block.v_bias is not None:
+        bias = block.tokens.new_zeros(3 * d, dtype=block.held)
+        parts |= {} if block.qk_bias is None else {"qk_bias": bias[: 2 * d]}
+        parts |= {} if block.v_bias is None else {"v_bias": bias[2 * d :]}
+    others = ("proj_weight", "proj_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    return cast(block, others, parts), weight, bias
 
 
 def heads_of(
@@ -58,23 +62,23 @@ def heads_of(
 def _attention(
     block: Block,
     x: Tensor,  # [images, N, d]
-) -> tuple[Tensor, Tensor]:  # qkv [images, N, 3d]; attention's branch [tokens, d]
+) -> tuple[Block, Tensor, Tensor]:  # the block cast; qkv [images, N, 3d]; attention's branch [tokens, d]
     images, n, d = x.shape
+    block, weight, bias = _with_joined(block)
     y = x.new_empty((images * n, d), dtype=block.held)
     launch_add_layer_norm(x, norm=block.norm1, eps=block.eps1, out=y)
-    qkv = linear(y, _joined((block.qk_weight, block.v_weight), block.held), _joined_bias(block))
-    qkv = qkv.view(images, n, 3 * d)
+    qkv = F.linear(y, weight, bias).view(images, n, 3 * d)
     q, k, v = heads_of(qkv, block.num_heads)
     attended = F.scaled_dot_product_attention(q, k, v, scale=block.scale)
     attended = attended.transpose(1, 2).reshape(images * n, d)  # as it lies, if a fused kernel wrote it
-    return qkv, linear(attended, block.proj_weight, block.proj_bias)
+    return block, qkv, F.linear(attended, block.proj_weight, block.proj_bias)
 
 
 def _hidden(
     block: Block,
     x: Tensor,  # [images, N, d]
     branch: Tensor,  # [tokens, d]
-    shift: Tensor | None,  # [d]
+    shift: Tensor | None = None,  # [d]
 ) -> tuple[
     Tensor, Tensor
 ]:  # z + shift [images, N, d]; the hidden layer of z before its GELU [tokens, hidden]
@@ -82,7 +86,7 @@ def _hidden(
     launch_add_layer_norm(
         x, branch, factors=block.drop_path1, norm=block.norm2, eps=block.eps2, shift=shift, total=z, out=y
     )
-    return z, linear(y, block.fc1_weight, block.fc1_bias)
+    return z, F.linear(y, block.fc1_weight, block.fc1_bias)
 
 
 def _block_of(args: Sequence[Any]) -> Block:
@@ -98,13 +102,14 @@ def outer_block(*args: Any) -> Tensor:
     if x.numel() == 0 or x.dtype == torch.float64:
         return reference.inner_block_in(*args)
     with reference.autocast_to(x.device.type, None):
+        block, _, branch = _attention(block, x)
         # Then fc2's product adds to the residual, which its bias has reached before.
         adds = block.drop_path2 is None and x.dtype == block.held
-        z, h = _hidden(block, x, _attention(block, x)[1], block.fc2_bias if adds else None)
+        z, h = _hidden(block, x, branch, block.fc2_bias if adds else None)
         launch_gelu(h, h)
         if adds:
-            return z.view(-1, z.shape[2]).addmm_(h, block.fc2_weight.to(h.dtype).t()).view_as(z)
-        branch = linear(h, block.fc2_weight, block.fc2_bias)
+            return z.view(-1, z.shape[2]).addmm_(h, block.fc2_weight.t()).view_as(z)
+        branch = F.linear(h, block.fc2_weight, block.fc2_bias)
         launch_add_layer_norm(z, branch, factors=block.drop_path2, total=z)
         return z
 
@@ -122,11 +127,11 @@ def outer_block_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
         qkv, h = (x.new_empty((0, n, width), dtype=block.held) for width in (3 * d, hidden))
         return torch.empty_like(x), qkv, absent, torch.empty_like(x), h
     with reference.autocast_to(x.device.type, None):
-        qkv, branch = _attention(block, x)
-        z, h = _hidden(block, x, branch, None)
+        block, qkv, branch = _attention(block, x)
+        z, h = _hidden(block, x, branch)
         gelu = torch.empty_like(h)
         launch_gelu(h, gelu)
         out = torch.empty_like(x)
-        branch = linear(gelu, block.fc2_weight, block.fc2_bias)
+        branch = F.linear(gelu, block.fc2_weight, block.fc2_bias)
         launch_add_layer_norm(z, branch, factors=block.drop_path2, total=out)
         return out, qkv, absent, z, h.view(images, n, -1)

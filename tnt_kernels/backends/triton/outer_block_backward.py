@@ -19,7 +19,7 @@ from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.add_layer_norm import launch_add_layer_norm
 from tnt_kernels.backends.triton.gelu import launch_gelu, launch_gelu_backward
 from tnt_kernels.backends.triton.layer_norm_backward import launch_layer_norm_backward
-from tnt_kernels.backends.triton.outer_block import heads_of
+from tnt_kernels.backends.triton.outer_block import cast, heads_of
 from tnt_kernels.outer.arguments import NAMES, POSITIONS, Block, Wanted, check_kept, gradient_of
 
 __all__ = ["outer_block_backward"]
@@ -29,7 +29,7 @@ class _Backward:
     """The backward pass of one call. Gradients of parameters gather in `found`, by name."""
 
     def __init__(self, block: Block, needed: dict[str, bool]) -> None:
-        self.block = block
+        self.block = cast(block, ("qk_weight", "v_weight", "proj_weight", "fc1_weight", "fc2_weight"))
         self.needed = needed
         self.wanted = Wanted.of(needed)
         self.found: dict[str, Tensor] = {}
@@ -46,18 +46,12 @@ class _Backward:
         if self.needed[f"{name}_bias"]:
             self.found[f"{name}_bias"] = torch.cat([grad.sum(0, dtype=torch.float32) for grad in grads])
 
-    def weight(self, name: str) -> Tensor:
-        weight: Tensor = getattr(self.block, f"{name}_weight")
-        return weight.to(self.block.held)
-
     def mlp(
         self,
         grad: Tensor,  # [images, N, d]
         z: Tensor,  # [images, N, d]
         h: Tensor,  # [tokens, hidden]
-    ) -> tuple[
-        Tensor | None, Tensor | None
-    ]:  # gradient of z [images, N, d], of attention's branch [tokens, d]
+    ) -> tuple[Tensor | None, Tensor | None]:  # of z [images, N, d], of attention's branch [tokens, d]
         block, needed = self.block, self.needed
         branch = self.scaled(grad, block.drop_path2)
         gelu = torch.empty_like(h) if needed["fc2_weight"] else None
@@ -66,13 +60,13 @@ class _Backward:
                 launch_gelu(h, gelu)
             self.add_linear("fc2", [branch], gelu)
             return None, None
-        grad_h = branch @ self.weight("fc2")  # so far of the GELU's output
+        grad_h = branch @ block.fc2_weight  # so far of the GELU's output
         bias = launch_gelu_backward(h, grad_h, gelu, needed["fc1_bias"])
         self.add_linear("fc2", [branch], gelu)
         del branch, gelu
         if bias is not None:
             self.found["fc1_bias"] = bias.sum(0)
-        grad_y = grad_h @ self.weight("fc1") if self.wanted.norm2 else None
+        grad_y = grad_h @ block.fc1_weight if self.wanted.norm2 else None
         same = block.drop_path1 is None and z.dtype == block.held
         grad_z = torch.empty_like(z) if needed["tokens"] or (self.wanted.proj and same) else None
         grad_branch = torch.empty_like(z, dtype=block.held) if self.wanted.proj and not same else None
@@ -100,7 +94,7 @@ class _Backward:
         self.add_linear("proj", [branch], attended.detach().transpose(1, 2).reshape(images * n, d))
         if not wanted.qkv:
             return None
-        grad = (branch @ self.weight("proj")).view(images, n, block.num_heads, -1).transpose(1, 2)
+        grad = (branch @ block.proj_weight).view(images, n, block.num_heads, -1).transpose(1, 2)
         with autograd_on():
             found = torch.autograd.grad(attended, (q, k, v), grad)
         del attended, grad
@@ -108,8 +102,8 @@ class _Backward:
         grads = [part.transpose(1, 2).reshape(images * n, d) for part in found]
         grad_y = None
         if wanted.norm1:
-            q_weight, k_weight = self.weight("qk").chunk(2)
-            grad_y = (grads[0] @ q_weight).addmm_(grads[1], k_weight).addmm_(grads[2], self.weight("v"))
+            q_weight, k_weight = block.qk_weight.chunk(2)
+            grad_y = (grads[0] @ q_weight).addmm_(grads[1], k_weight).addmm_(grads[2], block.v_weight)
         grad_x = torch.empty_like(x) if needed["tokens"] else None
         output = needed["qk_weight"] or needed["v_weight"]
         y = self.layer_norm("norm1", x, grad_y, residual, grad_x=grad_x, output=output)
