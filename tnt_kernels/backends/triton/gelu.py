@@ -1,6 +1,7 @@
 """The exact GELU between two linear layers, in place or not, and its backward with the first layer's bias.
 
-Passes of their own: the GELU in cuBLASLt's epilogue is the tanh approximation.
+Passes of their own, for the GELU in cuBLASLt's epilogue is the tanh approximation. In 16-bit dtypes the
+forward pass is the epilogue of the product before (linear_gelu.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,14 +17,14 @@ from tnt_kernels.backends.triton.configs import config_of
 from tnt_kernels.backends.triton.math import normal_tail
 from tnt_kernels.backends.triton.runtime import architecture, launch
 
-__all__ = ["launch_gelu", "launch_gelu_backward"]
+__all__ = ["launch_gelu", "launch_gelu_backward", "normal"]
 
 _COLUMNS = 128  # of a tile; the forward kernel takes its tile's elements as they lie in memory
 _PROGRAMS = 8 * 132  # of the backward kernel, at most: it decides the order of the sums
 
 
 @triton.jit
-def _normal(x, T: tl.constexpr):
+def normal(x, T: tl.constexpr):
     """Phi(x) of the normal distribution, to the accuracy of dtype T, at the infinities too."""
     a = tl.abs(x)
     tail = normal_tail(tl.where(a < 20.0, a, 20.0), 8 if T == tl.float32 else 5)  # noqa: SIM300
@@ -41,7 +42,7 @@ def _gelu_kernel(
     left = tl.minimum(size - first, BLOCK).to(tl.int32)
     at = tl.arange(0, BLOCK)
     x = tl.load(h_ptr + first + at, at < left, other=0.0).to(tl.float32)
-    y = x * _normal(x, h_ptr.dtype.element_ty)
+    y = x * normal(x, h_ptr.dtype.element_ty)
     tl.store(out_ptr + first + at, y.to(out_ptr.dtype.element_ty), at < left)
 
 
@@ -65,11 +66,11 @@ def _gelu_backward_kernel(
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]  # [ROWS, COLUMNS]
         x = tl.load(h_ptr + at, inside, other=0.0).to(tl.float32)
-        normal = _normal(x, h_ptr.dtype.element_ty)
+        cumulative = normal(x, h_ptr.dtype.element_ty)
         if out_ptr is not None:
-            tl.store(out_ptr + at, (x * normal).to(out_ptr.dtype.element_ty), inside)
+            tl.store(out_ptr + at, (x * cumulative).to(out_ptr.dtype.element_ty), inside)
         density = tl.exp2(x * x * -0.7213475204444817) * 0.3989422804014327  # log2(e) / 2, 1 / sqrt(2 pi)
-        grad = tl.load(grad_ptr + at, inside, other=0.0).to(tl.float32) * (normal + x * density)
+        grad = tl.load(grad_ptr + at, inside, other=0.0).to(tl.float32) * (cumulative + x * density)
         tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), inside)
         total += grad
     if partial_ptr is not None:

@@ -18,6 +18,7 @@ from tnt_kernels import _checks
 from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.add_layer_norm import launch_add_layer_norm
 from tnt_kernels.backends.triton.gelu import launch_gelu
+from tnt_kernels.backends.triton.linear_gelu import launch_linear_gelu
 from tnt_kernels.outer.arguments import Block
 
 __all__ = ["cast", "heads_of", "outer_block", "outer_block_train"]
@@ -74,19 +75,38 @@ def _attention(
     return block, qkv, F.linear(attended, block.proj_weight, block.proj_bias)
 
 
-def _hidden(
+def _residual(
     block: Block,
     x: Tensor,  # [images, N, d]
     branch: Tensor,  # [tokens, d]
     shift: Tensor | None = None,  # [d]
-) -> tuple[
-    Tensor, Tensor
-]:  # z + shift [images, N, d]; the hidden layer of z before its GELU [tokens, hidden]
+) -> tuple[Tensor, Tensor]:  # z + shift [images, N, d]; the second LayerNorm of z [tokens, d]
     z, y = torch.empty_like(x), torch.empty_like(branch)
     launch_add_layer_norm(
         x, branch, factors=block.drop_path1, norm=block.norm2, eps=block.eps2, shift=shift, total=z, out=y
     )
-    return z, F.linear(y, block.fc1_weight, block.fc1_bias)
+    return z, y
+
+
+def _fuses(dtype: torch.dtype) -> bool:
+    """Whether the GELU joins fc1's product; in float32 that is cuBLAS's, in TF32 or not as torch is set."""
+    return dtype != torch.float32
+
+
+def _hidden(
+    block: Block,
+    y: Tensor,  # [tokens, d]
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # the hidden layer before its GELU, if it is kept, and after it; [tokens, hidden]
+    if not _fuses(y.dtype):
+        h = F.linear(y, block.fc1_weight, block.fc1_bias)
+        gelu = torch.empty_like(h) if keep else h
+        launch_gelu(h, gelu)
+        return h, gelu
+    gelu = y.new_empty((y.shape[0], block.fc1_weight.shape[0]))
+    h = torch.empty_like(gelu) if keep else gelu
+    launch_linear_gelu(y, block.fc1_weight, block.fc1_bias, gelu, h if keep else None)
+    return h, gelu
 
 
 def _block_of(args: Sequence[Any]) -> Block:
@@ -102,14 +122,15 @@ def outer_block(*args: Any) -> Tensor:
     if x.numel() == 0 or x.dtype == torch.float64:
         return reference.inner_block_in(*args)
     with reference.autocast_to(x.device.type, None):
-        block, _, branch = _attention(block, x)
+        block, qkv, branch = _attention(block, x)
+        del qkv
         # Then fc2's product adds to the residual, which its bias has reached before.
         adds = block.drop_path2 is None and x.dtype == block.held
-        z, h = _hidden(block, x, branch, block.fc2_bias if adds else None)
-        launch_gelu(h, h)
+        z, y = _residual(block, x, branch, block.fc2_bias if adds else None)
+        gelu = _hidden(block, y, keep=False)[1]
         if adds:
-            return z.view(-1, z.shape[2]).addmm_(h, block.fc2_weight.t()).view_as(z)
-        branch = F.linear(h, block.fc2_weight, block.fc2_bias)
+            return z.view(-1, z.shape[2]).addmm_(gelu, block.fc2_weight.t()).view_as(z)
+        branch = F.linear(gelu, block.fc2_weight, block.fc2_bias)
         launch_add_layer_norm(z, branch, factors=block.drop_path2, total=z)
         return z
 
@@ -128,9 +149,8 @@ def outer_block_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
         return torch.empty_like(x), qkv, absent, torch.empty_like(x), h
     with reference.autocast_to(x.device.type, None):
         block, qkv, branch = _attention(block, x)
-        z, h = _hidden(block, x, branch)
-        gelu = torch.empty_like(h)
-        launch_gelu(h, gelu)
+        z, y = _residual(block, x, branch)
+        h, gelu = _hidden(block, y, keep=True)
         out = torch.empty_like(x)
         branch = F.linear(gelu, block.fc2_weight, block.fc2_bias)
         launch_add_layer_norm(z, branch, factors=block.drop_path2, total=out)
