@@ -1,4 +1,4 @@
-"""The outer half of a TNT block, an ordinary vision transformer block, on the CPU.
+"""The outer half of a TNT block, an ordinary vision transformer block; here its kernels for the CPU.
 
 One product for q, k and v, attention on its result as it lies, linears with prepacked weights and the exact
 GELU in their epilogue, residual and LayerNorm in one pass. The block has a backward pass of its own
