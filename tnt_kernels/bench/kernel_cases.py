@@ -22,6 +22,8 @@ from tnt_kernels.backends.triton import runtime
 SENTENCES = 256 * 196  # batch 256 at 224 px; no tile divides the tokens of a batch, 197 each
 TOKENS = (256, 197)
 
+NO_GRADIENT = ("drop_path", "drop_path1", "drop_path2", "seed")
+
 # dtype of the tensors, dtype of matrix products where it is another (autocast)
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bfloat16": (torch.bfloat16, None),
@@ -56,23 +58,31 @@ class KernelCase:
         return TOKENS[0] * TOKENS[1] if self.op in OUTER else self.sizes.get("s", SENTENCES)
 
     def launches(self, precision: str, architecture: int) -> list[runtime.Launch]:
-        """What the launcher of the forward pass, or that of the backward pass, launches."""
+        """What the launcher of the forward pass, or that of the backward pass, launches.
+
+        Raises RuntimeError where it launches nothing: it has left the call to plain PyTorch.
+        """
         dtype, compute_dtype = PRECISIONS[precision]
         arguments = _schema_arguments(self.op, ARGUMENTS[self.op](dtype, **self.sizes), compute_dtype)
         with runtime.recording(architecture) as launches:
-            if not self.backward:
+            if self.backward:
+                self._run_backward(arguments, launches)
+            else:
                 _launcher(self.op)(*arguments)
-                return list(launches)
-            trained = f"{self.op}_train"
-            recompute = trained not in triton_backend.LAUNCHERS
-            out, *activations = (
-                (_launcher(self.op)(*arguments),) if recompute else _launcher(trained)(*arguments)
-            )
-            launches.clear()
-            positions = tensor_positions(getattr(_ops, self.op))
-            needed = [arguments[i] is not None for i in positions]
-            _launcher(f"{self.op}_backward")(torch.empty_like(out), needed, *activations, *arguments)
-            return list(launches)
+        if not launches:
+            raise RuntimeError(f"{self.title}, {precision}, sm_{architecture}: no kernel was launched")
+        return launches
+
+    def _run_backward(self, arguments: list[Any], launches: list[runtime.Launch]) -> None:
+        """Launches the backward pass for all gradients; `launches` has those of the forward pass removed."""
+        op, train = getattr(_ops, self.op), f"{self.op}_train"
+        keeps = train in triton_backend.LAUNCHERS
+        out, *activations = _launcher(train)(*arguments) if keeps else [_launcher(self.op)(*arguments)]
+        launches.clear()
+        given = zip(op._schema.arguments, arguments, strict=True)
+        wanted = [value is not None and argument.name not in NO_GRADIENT for argument, value in given]
+        needed = [wanted[i] for i in tensor_positions(op)]
+        _launcher(f"{self.op}_backward")(torch.empty_like(out), needed, *activations, *arguments)
 
 
 def _launcher(op: str) -> Callable[..., Any]:
