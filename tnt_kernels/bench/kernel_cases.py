@@ -62,30 +62,35 @@ class KernelCase:
 
         Raises RuntimeError where it launches nothing: it has left the call to plain PyTorch.
         """
-        dtype, compute_dtype = PRECISIONS[precision]
-        arguments = _schema_arguments(self.op, ARGUMENTS[self.op](dtype, **self.sizes), compute_dtype)
         with runtime.recording(architecture) as launches:
-            if self.backward:
-                self._run_backward(arguments, launches)
-            else:
-                _launcher(self.op)(*arguments)
+            call, arguments = self.call(precision)
+            launches.clear()  # of the forward pass, whose activations the backward pass takes
+            call(*arguments)
         if not launches:
             raise RuntimeError(f"{self.title}, {precision}, sm_{architecture}: no kernel was launched")
         return launches
 
-    def _run_backward(self, arguments: list[Any], launches: list[runtime.Launch]) -> None:
-        """Launches the backward pass for all gradients; `launches` has those of the forward pass removed."""
+    def call(self, precision: str, device: str = "meta") -> tuple[Callable[..., Any], list[Any]]:
+        """The launcher of the forward or the backward pass and its arguments, random ones on a device."""
+        dtype, compute_dtype = PRECISIONS[precision]
+        values = ARGUMENTS[self.op](dtype, **self.sizes)
+        if device != "meta":
+            values = {n: _random(n, v, device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        arguments = _schema_arguments(self.op, values, compute_dtype)
+        if not self.backward:
+            return launcher(self.op), arguments
         op, train = getattr(_ops, self.op), f"{self.op}_train"
         keeps = train in triton_backend.LAUNCHERS
-        out, *activations = _launcher(train)(*arguments) if keeps else [_launcher(self.op)(*arguments)]
-        launches.clear()
+        out, *activations = launcher(train)(*arguments) if keeps else [launcher(self.op)(*arguments)]
         given = zip(op._schema.arguments, arguments, strict=True)
         wanted = [value is not None and argument.name not in NO_GRADIENT for argument, value in given]
         needed = [wanted[i] for i in tensor_positions(op)]
-        _launcher(f"{self.op}_backward")(torch.empty_like(out), needed, *activations, *arguments)
+        grad = _random("grad", out, device) if device != "meta" else torch.empty_like(out)
+        return launcher(f"{self.op}_backward"), [grad, needed, *activations, *arguments]
 
 
-def _launcher(op: str) -> Callable[..., Any]:
+def launcher(op: str) -> Callable[..., Any]:
+    """The implementation for GPUs of an operator."""
     module = importlib.import_module(f"{triton_backend.__name__}.{triton_backend.LAUNCHERS[op]}")
     return getattr(module, op)
 
@@ -97,6 +102,16 @@ def _schema_arguments(op: str, values: dict[str, Any], compute_dtype: torch.dtyp
     return [
         values.get(argument.name, argument.default_value) for argument in getattr(_ops, op)._schema.arguments
     ]
+
+
+def _random(name: str, of: Tensor, device: str) -> Tensor:
+    """Values of a trained model's scale: gains near one, weights that keep their input's variance."""
+    value = torch.randn(of.shape, device=device)
+    if name.startswith("drop_path") or (of.dim() == 1 and name.endswith("weight")):
+        value = 1 + 0.1 * value
+    elif name.endswith("weight"):
+        value *= of.shape[-1] ** -0.5
+    return value.to(of.dtype)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
