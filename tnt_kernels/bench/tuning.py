@@ -105,7 +105,7 @@ def refused(wanted: Sequence[Subject], quick: bool, architecture: int) -> dict[t
     for (subject, config), found in compilations.items():
         for resources in map(compiled.__getitem__, found):
             if isinstance(resources, str):
-                problems[subject, config] = resources.splitlines()[0]
+                problems[subject, config] = resources.splitlines()[-1]
             elif resources.collapsed:
                 problems[subject, config] = "ptxas collapsed"
             elif resources.stack and not subject.case.backward:
