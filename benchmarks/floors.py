@@ -1,4 +1,4 @@
-"""Times the layers of TNT-S and TNT-B on the present GPU, kernel by kernel, against what they cannot go below.
+"""Times the layers of TNT-S and TNT-B on the present GPU, kernel by kernel, against their floors.
 
     python benchmarks/floors.py
     python benchmarks/floors.py --precision bfloat16 autocast --output floors.json

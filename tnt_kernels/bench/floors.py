@@ -1,6 +1,6 @@
 """The least time that a layer can take on a GPU: to move its data, to multiply, to issue its instructions.
 
-A kernel is measured against the largest of the three. Memory and arithmetic are those of the operation itself,
+A kernel is measured against the largest of the three. Memory and arithmetic are the operation's own,
 without padding; instructions are those of the compiled kernels.
 """
 
