@@ -6,8 +6,9 @@
     python benchmarks/resources.py --write-limits       # the figures become tests/compile/limits.json
 
 Registers, stack, shared memory; instructions counted in the machine code (SASS), per sentence: those of all
-warps of all programs over the sentences of the call. Where a kernel has loops, each instruction counts once,
-the number has a +, and the next column says how many lie in loops. Exit status 1 where a limit is passed.
+warps of all programs over the sentences of the call. Where it is not known how often a loop runs, what it
+holds counts once, and the number has a +; the next column says how much lies in loops. Exit status 1 where a
+limit is passed.
 """
 
 from __future__ import annotations

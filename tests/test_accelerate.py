@@ -24,9 +24,10 @@ from model_cases import (
 )
 from oracle import assert_as_accurate
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from user_models import huawei_style
 
-from tnt_kernels import TNT, FastTNT, accelerate, native, restore, use_backend
+from tnt_kernels import TNT, FastTNT, accelerate, gpu, native, restore, use_backend
 from tnt_kernels._timm import import_timm
 from tnt_kernels.models import fused, proof
 from tnt_kernels.models.explain import explain
@@ -817,3 +818,28 @@ def test_explanation_agrees_with_what_runs(counted):
     assert counted.get("word_to_sentence", 0) == said.count("projection") + said.count("stem") == 3
     assert counted.get("outer_block", 0) == said.count("outer half") == 2
     assert counted.get("pixel_embed", 0) == said.count("pixel embedding") == 1
+
+
+def test_explain_of_a_model_on_a_gpu(monkeypatch):
+    """Its parameters are fake tensors here: only their device is looked at."""
+    model = accelerate(make("authors"))
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+
+    def runs():
+        with torch.no_grad():
+            return {(part.part, part.runs, part.why) for part in explain(model).parts}
+
+    monkeypatch.setattr(gpu, "why_unusable", lambda index: None)
+    assert ("inner half", "triton", "") in runs()
+    assert not {part for part in runs() if part[1] == "cpu"}
+    monkeypatch.setattr(gpu, "why_unusable", lambda index: "Triton cannot be imported")
+    assert ("inner half", "as written", "Triton cannot be imported") in runs()
+    with use_backend("cpu"):
+        (why,) = {why for part, _, why in runs() if part == "inner half"}
+        assert "cuda:0, not on the CPU" in why
+    with use_backend("triton"):
+        assert ("inner half", "error", "the triton backend is forced: Triton cannot be imported") in runs()

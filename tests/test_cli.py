@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from tnt_kernels import dispatch, native
+from tnt_kernels import dispatch, gpu, native
 from tnt_kernels.__main__ import main
 from tnt_kernels._timm import import_timm
-from tnt_kernels.bench import accuracy
+from tnt_kernels.bench import accuracy, environment
 from tnt_kernels.cli import demo, photo, verify
 from tnt_kernels.models.tnt import TNT, tnt_ti_patch16_224
 
@@ -57,6 +57,46 @@ def test_info_json(capsys, monkeypatch):
     assert sum(t["usable"] for t in found["native"]["tiers"]) >= found["native"]["loaded"]
 
 
+def test_info_tells_gpus(capsys, monkeypatch):
+    h100 = {
+        "name": "NVIDIA H100", "capability": "9.0", "multiprocessors": 132, "memory_gib": 79.1,
+        "driver": "580.1", "cuda": "13.0",
+    }  # fmt: skip
+    monkeypatch.setattr(environment, "gpus", lambda: [dict(h100), dict(h100)])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    reasons = [None, "Triton cannot be imported"]
+    monkeypatch.setattr(gpu, "why_unusable", lambda index: reasons[index])
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["usable"] for one in found["gpus"]] == [True, False]
+    assert next(b for b in found["backends"] if b["name"] == "triton")["usable"]
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "NVIDIA H100, compute capability 9.0, 79.1 GiB, driver 580.1, CUDA 13.0; usable" in text
+    assert "not usable: Triton cannot be imported" in text
+
+    reasons[0] = "Triton cannot run a kernel"
+    assert main(["info", "--json"]) == 0
+    backends = {b["name"]: b for b in json.loads(capsys.readouterr().out)["backends"]}
+    assert backends["triton"]["reason"] == "Triton cannot run a kernel"
+
+
+def test_info_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(environment, "gpus", list)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^GPUs\n +\(none\) +torch sees no GPU$", text, re.MULTILINE)
+    assert re.search(r"^ +triton +not usable: torch sees no GPU$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_missing_gpu_is_an_error(command, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([command, "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.endswith(f"{command}: device is cuda, and torch sees no GPU\n")
+
+
 def test_info_without_the_native_module(capsys, monkeypatch):
     monkeypatch.setattr(native, "_module", None)
     monkeypatch.setattr(native, "_reason", "it was not built")
@@ -87,9 +127,9 @@ def test_verify_quick_passes(capsys):
 
 
 def test_verify_fails_on_a_wrong_result(capsys, monkeypatch):
-    def some(quick):
-        yield verify._op("inner_mlp", "tnt_ti", 1, verify.PRECISIONS[0])
-        wrong = verify._op("inner_attention", "tnt_ti", 1, verify.PRECISIONS[0])
+    def some(quick, device):
+        yield verify._op("inner_mlp", "tnt_ti", 1, verify.PRECISIONS[0], "cpu")
+        wrong = verify._op("inner_attention", "tnt_ti", 1, verify.PRECISIONS[0], "cpu")
         yield verify.Subject(
             wrong.what,
             wrong.size,
@@ -112,11 +152,11 @@ def test_verify_fails_on_a_wrong_result(capsys, monkeypatch):
 
 
 def test_verify_names_the_wrong_gradient(capsys, monkeypatch):
-    right = verify._op_gradients("inner_mlp", "tnt_ti", 1, verify.PRECISIONS[0])
+    right = verify._op_gradients("inner_mlp", "tnt_ti", 1, verify.PRECISIONS[0], "cpu")
     wrong = {**right.eager(), "x": [right.eager()["x"][0] * 1.001]}
     subject = dataclasses.replace(right, ours=lambda: wrong)
     missing = dataclasses.replace(right, what="missing", ours=lambda: {"x": wrong["x"]})
-    monkeypatch.setattr(verify, "_subjects", lambda quick: [right, subject, missing])
+    monkeypatch.setattr(verify, "_subjects", lambda quick, device: [right, subject, missing])
     assert main(["verify"]) == 1
     text = capsys.readouterr().out
     assert "FAILED inner_mlp gradients, TNT-Ti, float32" in text
@@ -136,7 +176,7 @@ def test_verify_float32_logits_must_lie_near_eager(monkeypatch, capsys):
         lambda: exact,
         1e-4,
     )
-    monkeypatch.setattr(verify, "_subjects", lambda quick: [subject])
+    monkeypatch.setattr(verify, "_subjects", lambda quick, device: [subject])
     assert main(["verify"]) == 1
     assert "from eager's logits" in capsys.readouterr().out
 

@@ -15,6 +15,9 @@ import torch
 import toy_kernels
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from tnt_kernels.backends.triton import LAUNCHERS, configs, runtime
 from tnt_kernels.backends.triton.configs import Config
@@ -113,8 +116,21 @@ def test_arguments_are_specialised_as_in_a_launch(n: int, offset: int, biased: b
     assert kinds["rounds"] == "constexpr"
     assert kinds["bias_ptr"] == ("*fp32" if biased else "constexpr")
     assert dict(found.constants) == {3: 1, 5: 64} | ({2: 1} if n == 1 else {}) | ({} if biased else {4: None})
-    aligned = {0: offset == 0, 1: True, 2: n % 16 == 0, 4: biased}
-    assert found.aligned == tuple(position for position, holds in aligned.items() if holds)
+    divided = {0: offset == 0, 1: True, 2: n > 1 and n % 16 == 0, 4: biased}
+    assert {position for position, holds in found.attributes if holds} == {
+        position for position, holds in divided.items() if holds
+    }
+    assert sass.source_of(found).hash() == launched_source(launch).hash()
+
+
+def launched_source(launch: runtime.Launch) -> ASTSource:
+    """What Triton's own launch code compiles for these arguments."""
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    bound, specialization, options = bind(**launch.arguments, **launch.constants, **options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def test_what_is_read_from_machine_code() -> None:
@@ -230,7 +246,7 @@ def test_goals() -> None:
     assert resources.violations([found], limits_of(found)) == []
     more = dataclasses.replace(found, instructions=goal + 1.0)
     assert "the goal is" in resources.violations([more], limits_of(more))[0]
-    looping = row(scale(64, rounds=5), case=case, precision="bfloat16", instructions=1.0)
+    looping = row(scale(64), case=case, precision="bfloat16", instructions=1.0, weighed=False)
     assert "has a loop" in resources.violations([looping], limits_of(looping))[0]
 
 
@@ -252,6 +268,17 @@ def test_rows_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.kernel, second.kernel) == ("scale_kernel", "scale_kernel#2")
     assert first.resources is not None
     assert first.instructions == round(first.resources.total * 2 * 64 / kernel_cases.SENTENCES, 1)
+
+
+def test_a_loop_over_tiles_is_weighed() -> None:
+    kinds = dict.fromkeys((*sass.KINDS, "other"), 0) | {"fp32": 100}
+    looping = sass.Resources(32, 0, 0, 0, loops=1, looped=80, instructions=kinds)
+    launch = scale(4096)  # 64 programs of 2 warps
+    assert resources._instructions(looping, launch, 1000) == (12.8, False)
+    over_tiles = launch._replace(arguments=launch.arguments | {"tiles": 640})
+    assert resources._instructions(looping, over_tiles, 1000) == (105.0, True)
+    nested = dataclasses.replace(looping, loops=2)
+    assert resources._instructions(nested, over_tiles, 1000) == (12.8, False)
 
 
 def test_the_program() -> None:

@@ -51,8 +51,8 @@ def test_more_than_65535_sentences() -> None:
             assert (gradient - eagers[name]).abs().max() <= 1e-3 * scale, name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_more_than_2_to_31_elements(dtype: torch.dtype) -> None:
+def test_more_than_2_to_31_elements() -> None:
+    dtype = torch.bfloat16
     sentences = 2**31 // (16 * 24) + 1001
     needs_gib(sentences * 16 * 24 * dtype.itemsize * 5 / 2**30)
     given = on_device(MAKERS["inner_block"](1, 16, 24, 4, dtype=dtype), DEVICE)

@@ -22,6 +22,8 @@ from tnt_kernels.backends.triton import runtime
 SENTENCES = 256 * 196  # batch 256 at 224 px; no tile divides the tokens of a batch, 197 each
 TOKENS = (256, 197)
 
+NO_GRADIENT = ("drop_path", "drop_path1", "drop_path2", "seed")
+
 # dtype of the tensors, dtype of matrix products where it is another (autocast)
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bfloat16": (torch.bfloat16, None),
@@ -56,26 +58,39 @@ class KernelCase:
         return TOKENS[0] * TOKENS[1] if self.op in OUTER else self.sizes.get("s", SENTENCES)
 
     def launches(self, precision: str, architecture: int) -> list[runtime.Launch]:
-        """What the launcher of the forward pass, or that of the backward pass, launches."""
-        dtype, compute_dtype = PRECISIONS[precision]
-        arguments = _schema_arguments(self.op, ARGUMENTS[self.op](dtype, **self.sizes), compute_dtype)
+        """What the launcher of the forward pass, or that of the backward pass, launches.
+
+        Raises RuntimeError where it launches nothing: it has left the call to plain PyTorch.
+        """
         with runtime.recording(architecture) as launches:
-            if not self.backward:
-                _launcher(self.op)(*arguments)
-                return list(launches)
-            trained = f"{self.op}_train"
-            recompute = trained not in triton_backend.LAUNCHERS
-            out, *activations = (
-                (_launcher(self.op)(*arguments),) if recompute else _launcher(trained)(*arguments)
-            )
-            launches.clear()
-            positions = tensor_positions(getattr(_ops, self.op))
-            needed = [arguments[i] is not None for i in positions]
-            _launcher(f"{self.op}_backward")(torch.empty_like(out), needed, *activations, *arguments)
-            return list(launches)
+            call, arguments = self.call(precision)
+            launches.clear()  # of the forward pass, whose activations the backward pass takes
+            call(*arguments)
+        if not launches:
+            raise RuntimeError(f"{self.title}, {precision}, sm_{architecture}: no kernel was launched")
+        return launches
+
+    def call(self, precision: str, device: str = "meta") -> tuple[Callable[..., Any], list[Any]]:
+        """The launcher of the forward or the backward pass and its arguments, random ones on a device."""
+        dtype, compute_dtype = PRECISIONS[precision]
+        values = ARGUMENTS[self.op](dtype, **self.sizes)
+        if device != "meta":
+            values = {n: _random(n, v, device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        arguments = _schema_arguments(self.op, values, compute_dtype)
+        if not self.backward:
+            return launcher(self.op), arguments
+        op, train = getattr(_ops, self.op), f"{self.op}_train"
+        keeps = train in triton_backend.LAUNCHERS
+        out, *activations = launcher(train)(*arguments) if keeps else [launcher(self.op)(*arguments)]
+        given = zip(op._schema.arguments, arguments, strict=True)
+        wanted = [value is not None and argument.name not in NO_GRADIENT for argument, value in given]
+        needed = [wanted[i] for i in tensor_positions(op)]
+        grad = _random("grad", out, device) if device != "meta" else torch.empty_like(out)
+        return launcher(f"{self.op}_backward"), [grad, needed, *activations, *arguments]
 
 
-def _launcher(op: str) -> Callable[..., Any]:
+def launcher(op: str) -> Callable[..., Any]:
+    """The implementation for GPUs of an operator."""
     module = importlib.import_module(f"{triton_backend.__name__}.{triton_backend.LAUNCHERS[op]}")
     return getattr(module, op)
 
@@ -87,6 +102,16 @@ def _schema_arguments(op: str, values: dict[str, Any], compute_dtype: torch.dtyp
     return [
         values.get(argument.name, argument.default_value) for argument in getattr(_ops, op)._schema.arguments
     ]
+
+
+def _random(name: str, of: Tensor, device: str) -> Tensor:
+    """Values of a trained model's scale: gains near one, weights that keep their input's variance."""
+    value = torch.randn(of.shape, device=device)
+    if name.startswith("drop_path") or (of.dim() == 1 and name.endswith("weight")):
+        value = 1 + 0.1 * value
+    elif name.endswith("weight"):
+        value *= of.shape[-1] ** -0.5
+    return value.to(of.dtype)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -188,6 +188,10 @@ def _reference(case: ModelCase, artifacts: Path) -> Runner:
     return _torch(case, copy.deepcopy(reference(case.model)).to(case.device))
 
 
+def _reference_compiled(case: ModelCase, artifacts: Path) -> Runner:
+    return _torch(case, compiled(copy.deepcopy(reference(case.model)).to(case.device)))
+
+
 def _timm_compiled(case: ModelCase, artifacts: Path) -> Runner:
     return _torch(case, compiled(_timm_tnt(case)))
 
@@ -337,6 +341,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("onnxruntime", "timm TNT, ONNX Runtime", _onnxruntime),
         Baseline("openvino", "timm TNT, OpenVINO", _openvino),
         Baseline("reference", "plain TNT of this package, eager", _reference),
+        Baseline("reference_compile", "plain TNT of this package, torch.compile", _reference_compiled),
         Baseline("fast", "FastTNT", _fast, ours=True),
         Baseline("fast_compile", "FastTNT, torch.compile", _fast_compiled, ours=True),
         Baseline(

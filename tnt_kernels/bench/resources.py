@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 
+from tnt_kernels.backends.triton.runtime import Launch
 from tnt_kernels.bench import sass
 from tnt_kernels.bench.kernel_cases import KernelCase
 from tnt_kernels.bench.results import table
@@ -38,7 +39,8 @@ class Row:
     kernel: str  # with "#2" and so on where a case launches it again with other code
     config: tuple[int, ...]  # rows, warps, stages
     resources: sass.Resources | None
-    instructions: float | None  # of all warps of all programs, per sentence; without those repeated by loops
+    instructions: float | None  # per sentence, of all warps of all programs
+    weighed: bool = True  # whether they count as often as they run; otherwise those in loops count once
     problem: str = ""
 
     @property
@@ -82,11 +84,23 @@ def measure(cases: Sequence[KernelCase], wanted: Sequence[tuple[str, int]]) -> t
         kernel = compilation.kernel + (f"#{len(same) + 1}" if same else "")
         begin = (case.title, case.backward, precision, architecture, kernel, tuple(launch.config))
         if isinstance(found, str):
-            same[compilation] = Row(*begin, None, None, found)
+            same[compilation] = Row(*begin, None, None, problem=found)
         else:
-            warps = launch.grid[0] * compilation.warps
-            same[compilation] = Row(*begin, found, round(found.total * warps / case.sentences, 1))
+            same[compilation] = Row(*begin, found, *_instructions(found, launch, case.sentences))
     return tuple(row for same in rows.values() for row in same.values())
+
+
+def _instructions(found: sass.Resources, launch: Launch, sentences: int) -> tuple[float, bool]:
+    """Instructions of all warps of all programs, over the sentences, and whether that is all of them.
+
+    A kernel with an argument `tiles` goes through them in one loop. Of other loops the rounds are not known.
+    """
+    programs, tiles = launch.grid[0], launch.arguments.get("tiles")
+    weighed = found.loops == (tiles is not None)
+    rounds = tiles / programs if tiles is not None and weighed else 1.0
+    once = found.total - found.looped
+    taken = (once + found.looped * rounds) * programs * launch.config.warps / sentences
+    return round(taken, 1), weighed
 
 
 def violations(rows: Sequence[Row], limits: Mapping[str, Any]) -> list[str]:
@@ -129,7 +143,7 @@ def _missed_goals(rows: Sequence[Row]) -> Iterator[str]:
         if taken > goal:
             yield f"{case}: {taken:.0f} instructions per sentence on sm_90, the goal is {goal}"
         longest = max(of_case, key=lambda row: row.instructions or 0.0, default=None)
-        if longest is not None and longest.resources is not None and longest.resources.loops:
+        if longest is not None and not longest.weighed:
             yield f"{case}: {longest.name} has a loop: it takes more instructions than were counted"
 
 
@@ -164,7 +178,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """A markdown table, one line for each kernel. A count with a + has loops, whose rounds it leaves out."""
+    """A markdown table, one line for each kernel. Behind a count that knows not how often loops run: a +."""
     kinds = [*sass.KINDS, "other"]
     headers = [
         "case", "precision", "sm", "kernel", "rows, warps, stages", "registers", "stack", "spilled", "shared",
@@ -181,7 +195,7 @@ def report(rows: Sequence[Row]) -> str:
             [
                 *head,
                 *map(str, (found.registers, found.stack, found.spilled, found.shared)),
-                f"{row.instructions:.0f}{'+' * bool(found.loops)}",
+                f"{row.instructions:.0f}{'+' * (not row.weighed)}",
                 f"{found.looped} of {found.total}" if found.loops else "",
                 *(str(found.instructions[kind]) for kind in kinds),
             ]

@@ -56,7 +56,7 @@ class Compilation:
     kernel: str
     signature: tuple[tuple[str, str], ...]  # parameter, type
     constants: tuple[tuple[int, Any], ...]  # position, value
-    aligned: tuple[int, ...]  # positions of pointers and numbers that 16 divides
+    attributes: tuple[tuple[int, bool], ...]  # position, whether 16 divides the pointer or number
     architecture: int
     warps: int
     stages: int
@@ -86,10 +86,10 @@ class Resources:
 
 def compilation_of(launch: Launch, architecture: int) -> Compilation:
     """What a launch would have compiled: Triton specialises numbers equal to 1, multiples of 16, None."""
-    signature, constants, aligned = [], [], []
+    signature, constants, attributes = [], [], []
     for position, parameter in enumerate(launch.kernel.params):
         if parameter.is_constexpr:
-            kind, found, value = "constexpr", None, launch.constants.get(parameter.name, parameter.default)
+            kind, found, value = "constexpr", "", launch.constants.get(parameter.name, parameter.default)
         else:
             value = launch.arguments[parameter.name]
             kind, found = native_specialize_impl(
@@ -102,14 +102,15 @@ def compilation_of(launch: Launch, architecture: int) -> Compilation:
         signature.append((parameter.name, kind))
         if kind == "constexpr":
             constants.append((position, value))
-        elif isinstance(found, str) and "D" in found:
-            aligned.append(position)
+            found = ""
+        if isinstance(found, str):
+            attributes.append((position, "D" in found))
     return Compilation(
         launch.kernel.fn.__module__,
         launch.kernel.fn.__name__,
         tuple(signature),
         tuple(constants),
-        tuple(aligned),
+        tuple(attributes),
         architecture,
         launch.config.warps,
         launch.config.stages,
@@ -134,16 +135,20 @@ def _attempt(compilation: Compilation) -> Resources | str:
         return f"{type(error).__name__}: {str(error).strip()}"
 
 
-def compile_one(compilation: Compilation) -> Resources:
-    kernel = getattr(importlib.import_module(compilation.module), compilation.kernel)
-    source = ASTSource(
-        fn=kernel,
+def source_of(compilation: Compilation) -> ASTSource:
+    """The source as a launch hands it to the compiler, so that both share Triton's cache."""
+    divided = [["tt.divisibility", 16]]
+    return ASTSource(
+        fn=getattr(importlib.import_module(compilation.module), compilation.kernel),
         signature=dict(compilation.signature),
         constexprs={(position,): value for position, value in compilation.constants},
-        attrs={(position,): [["tt.divisibility", 16]] for position in compilation.aligned},
+        attrs={(position,): divided if holds else [] for position, holds in compilation.attributes},
     )
+
+
+def compile_one(compilation: Compilation) -> Resources:
     compiled = triton.compile(
-        source,
+        source_of(compilation),
         target=GPUTarget("cuda", compilation.architecture, 32),
         options={"num_warps": compilation.warps, "num_stages": compilation.stages},
     )

@@ -167,6 +167,10 @@ def _reference(case: TrainingCase, artifacts: Path) -> Runner:
     return _runner(case, copy.deepcopy(reference(case.model, case.drop_path)))
 
 
+def _reference_compiled(case: TrainingCase, artifacts: Path) -> Runner:
+    return _runner(case, copy.deepcopy(reference(case.model, case.drop_path)), compile=True)
+
+
 def _fast(case: TrainingCase, artifacts: Path) -> Runner:
     return _runner(case, FastTNT.from_reference(reference(case.model, case.drop_path)))
 
@@ -193,6 +197,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("timm", "timm TNT, eager", _timm),
         Baseline("compile", "timm TNT, torch.compile", _compiled),
         Baseline("reference", "plain TNT of this package, eager", _reference),
+        Baseline("reference_compile", "plain TNT of this package, torch.compile", _reference_compiled),
         Baseline("fast", "FastTNT", _fast, ours=True),
         Baseline("fast_compile", "FastTNT, torch.compile", _fast_compiled, ours=True),
         Baseline("accelerate", "accelerate(timm TNT)", _accelerated, ours=True),

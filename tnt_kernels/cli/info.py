@@ -1,4 +1,4 @@
-"""Show versions, the processor, and which parts of this package are built and usable here, and why not."""
+"""Show versions, processor, GPUs, and which parts of this package are built and usable here, and why not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tnt_kernels import dispatch, native
+from tnt_kernels import dispatch, gpu, native
 from tnt_kernels._timm import import_timm
 from tnt_kernels.bench import environment
 
@@ -30,6 +30,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": environment.versions(),
         "processor": environment.processor(),
+        "gpus": _gpus(),
         "threads": _threads(),
         "onednn": _onednn(),
         "native": _native(),
@@ -37,6 +38,14 @@ def collect() -> dict[str, Any]:
         "timm": _timm(),
         "environment": environment.variables(),
     }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    found = environment.gpus()
+    for index, of in enumerate(found):
+        of["reason"] = gpu.why_unusable(index) or ""
+        of["usable"] = not of["reason"]
+    return found
 
 
 def _native() -> dict[str, Any]:
@@ -59,6 +68,8 @@ def _backends() -> list[dict[str, Any]]:
                 why = dispatch.can_run_cpu("inner_block", torch.zeros(1)) or ""
             except ValueError as error:
                 why = str(error)
+        elif name == "triton":
+            why = _why_no_triton()
         found.append({"name": name, "usable": not why, "reason": why})
     try:
         requested, problem = dispatch.requested(), ""
@@ -69,6 +80,14 @@ def _backends() -> list[dict[str, Any]]:
         if problem:
             backend.update(usable=False, reason=problem)
     return found
+
+
+def _why_no_triton() -> str:
+    """Empty where a GPU can be used."""
+    reasons = [gpu.why_unusable(index) for index in range(torch.cuda.device_count())]
+    if None in reasons:
+        return ""
+    return reasons[0] if reasons and reasons[0] else "torch sees no GPU"
 
 
 def _threads() -> dict[str, Any]:
@@ -115,6 +134,7 @@ def _text(found: dict[str, Any]) -> str:
                 ("instruction sets", sets),
             ],
         ),
+        ("GPUs", _gpu_lines(found["gpus"])),
         (
             "threads",
             [
@@ -146,6 +166,19 @@ def _text(found: dict[str, Any]) -> str:
         width = max(len(name) for name, _ in pairs)
         lines += [title, *(f"  {name:<{width}}  {value}".rstrip() for name, value in pairs), ""]
     return "\n".join(lines).rstrip()
+
+
+def _gpu_lines(gpus: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    if not gpus:
+        return [("(none)", "torch sees no GPU")]
+    return [
+        (
+            f"{index}",
+            f"{of['name']}, compute capability {of['capability']}, {of['memory_gib']} GiB, driver "
+            f"{of['driver'] or 'unknown'}, CUDA {of['cuda']}; {_yes(of['usable'], of['reason'])}",
+        )
+        for index, of in enumerate(gpus)
+    ]
 
 
 def _native_lines(module: dict[str, Any]) -> list[tuple[str, str]]:

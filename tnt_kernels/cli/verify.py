@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tnt_kernels import dispatch, native
+from tnt_kernels import dispatch, gpu, native
 from tnt_kernels.bench.accuracy import Gradients, Result, as_accurate_as_eager, max_error
-from tnt_kernels.bench.cases import reason, torch_call
+from tnt_kernels.bench.cases import DEVICES, check_device, reason, torch_call
 from tnt_kernels.bench.engine import using_threads
 from tnt_kernels.bench.models import images, reference
 from tnt_kernels.bench.ops import OPS, Backward, arguments, forced_tier
@@ -90,12 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-tiers", action="store_true", help="every usable SIMD tier, not the active one alone"
     )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="default: cpu; cuda is the current GPU"
+    )
     parser.add_argument("--threads", type=positive, help="threads (default: torch's)")
 
 
 def run(args: argparse.Namespace) -> int:
-    tiers = _tiers(args.all_tiers)
-    subjects = list(_subjects(args.quick))
+    check_device(args.device)
+    tiers = _tiers(args.all_tiers) if args.device == "cpu" else [None]
+    subjects = list(_subjects(args.quick, args.device))
     bar = Bar()
     bar.start("verifying", len(subjects) * len(tiers))
     rows = []
@@ -105,13 +109,14 @@ def run(args: argparse.Namespace) -> int:
                 rows.append(row)
                 bar.step(f"{row.what} {row.precision}")
     bar.finish()
-    if native.load() is None:
-        print(f"The reference path is verified alone: {native.why_missing()}\n")
+    why = native.why_missing() if args.device == "cpu" else gpu.why_unusable(0)
+    if why is not None:
+        print(f"The reference path is verified alone: {why}\n")
     print(_table(rows))
     failed = [row for row in rows if row.problem]
     for row in failed:
         print(f"\nFAILED {row.what}, {row.size}, {row.precision}, tier {row.tier}: {row.problem}")
-    on = f"{threads} thread{'s' * (threads > 1)}"
+    on = f"{threads} thread{'s' * (threads > 1)}" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"\n{len(rows) - len(failed)} of {len(rows)} passed, {on}.")
     return 1 if failed else 0
 
@@ -123,25 +128,25 @@ def _tiers(every: bool) -> Sequence[str | None]:
     return [name for name, why in module.tiers() if not why] if every else [module.tier()]
 
 
-def _subjects(quick: bool) -> Iterator[Subject]:
+def _subjects(quick: bool, device: str) -> Iterator[Subject]:
     batch, sizes = (1, ("tnt_s",)) if quick else (2, ("tnt_s", "tnt_b", "tnt_default"))
     for size in sizes:
         for op in OPS:
             for precision in PRECISIONS:
-                yield _op(op, size, batch, precision)
+                yield _op(op, size, batch, precision, device)
             if OPS[op].function.__name__ in dispatch.TRAINABLE:
                 for precision in PRECISIONS:
-                    yield _op_gradients(op, size, batch, precision)
+                    yield _op_gradients(op, size, batch, precision, device)
     for model in ("tnt_s", "tnt_b"):
         for precision in PRECISIONS[:2] if quick else PRECISIONS:
-            yield _model(model, batch, precision)
+            yield _model(model, batch, precision, device)
         for precision in PRECISIONS[:2]:
-            yield _training_step(model, batch if model == "tnt_s" else 1, precision)
+            yield _training_step(model, batch if model == "tnt_s" else 1, precision, device)
 
 
-def _op(op: str, size: str, batch: int, precision: Precision) -> Subject:
+def _op(op: str, size: str, batch: int, precision: Precision, device: str) -> Subject:
     def result(dtype: torch.dtype, backend: str, precision: Precision) -> Tensor:
-        tensors, options = arguments(op, size, batch, precision.dtype)
+        tensors, options = arguments(op, size, batch, precision.dtype, device)
         tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
         with use_backend(backend):
             return precision.call(functools.partial(OPS[op].function, **options), *tensors)
@@ -158,9 +163,9 @@ def _op(op: str, size: str, batch: int, precision: Precision) -> Subject:
     )
 
 
-def _op_gradients(op: str, size: str, batch: int, precision: Precision) -> Subject:
+def _op_gradients(op: str, size: str, batch: int, precision: Precision, device: str) -> Subject:
     def result(dtype: torch.dtype, backend: str, autocast: bool) -> Gradients:
-        tensors, options = arguments(op, size, batch, precision.dtype)
+        tensors, options = arguments(op, size, batch, precision.dtype, device)
         tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
         with use_backend(backend):
             return Backward(OPS[op].function, tensors, options, precision.dtype, autocast).result(op)
@@ -175,22 +180,22 @@ def _op_gradients(op: str, size: str, batch: int, precision: Precision) -> Subje
     )
 
 
-def _rounded(model: str, dtype: torch.dtype, drop_path: float = 0.0) -> nn.Module:
-    return copy.deepcopy(reference(model, drop_path)).to(dtype)
+def _rounded(model: str, dtype: torch.dtype, device: str, drop_path: float = 0.0) -> nn.Module:
+    return copy.deepcopy(reference(model, drop_path)).to(device, dtype)
 
 
 @functools.lru_cache(maxsize=1)
-def _exact_logits(model: str, batch: int, dtype: torch.dtype) -> Tensor:
+def _exact_logits(model: str, batch: int, dtype: torch.dtype, device: str) -> Tensor:
     with torch.inference_mode():
-        return _rounded(model, dtype).double()(images(batch).to(dtype).double())
+        return _rounded(model, dtype, device).double()(images(batch, device).to(dtype).double())
 
 
-def _model(model: str, batch: int, precision: Precision) -> Subject:
+def _model(model: str, batch: int, precision: Precision, device: str) -> Subject:
     def result(network: nn.Module) -> Tensor:
-        return precision.call(network, images(batch).to(precision.dtype))
+        return precision.call(network, images(batch, device).to(precision.dtype))
 
     def rounded() -> nn.Module:
-        return _rounded(model, precision.dtype)
+        return _rounded(model, precision.dtype, device)
 
     return Subject(
         "FastTNT",
@@ -198,25 +203,26 @@ def _model(model: str, batch: int, precision: Precision) -> Subject:
         precision,
         ours=lambda: result(FastTNT.from_reference(rounded()).eval()),
         eager=lambda: result(rounded()),
-        exact=lambda: _exact_logits(model, batch, precision.dtype),
+        exact=lambda: _exact_logits(model, batch, precision.dtype, device),
         eager_tolerance=LOGITS_TOLERANCE if precision is PRECISIONS[0] else None,
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _exact_step(model: str, batch: int, dtype: torch.dtype) -> Gradients:
-    network = _rounded(model, dtype, DROP_PATH).double()
-    return step_gradients(network, network, images(batch).to(dtype).double(), labels(batch), "float32")
+def _exact_step(model: str, batch: int, dtype: torch.dtype, device: str) -> Gradients:
+    network = _rounded(model, dtype, device, DROP_PATH).double()
+    image = images(batch, device).to(dtype).double()
+    return step_gradients(network, network, image, labels(batch, device), "float32")
 
 
-def _training_step(model: str, batch: int, precision: Precision) -> Subject:
+def _training_step(model: str, batch: int, precision: Precision, device: str) -> Subject:
     def result(network: nn.Module) -> Gradients:
-        image = images(batch).to(precision.dtype)
+        image = images(batch, device).to(precision.dtype)
         autocast = "bfloat16" if precision.autocast else "float32"
-        return step_gradients(network, network, image, labels(batch), autocast)
+        return step_gradients(network, network, image, labels(batch, device), autocast)
 
     def rounded() -> nn.Module:
-        return _rounded(model, precision.dtype, DROP_PATH)
+        return _rounded(model, precision.dtype, device, DROP_PATH)
 
     return Subject(
         "FastTNT training step",
@@ -224,7 +230,7 @@ def _training_step(model: str, batch: int, precision: Precision) -> Subject:
         precision,
         ours=lambda: result(FastTNT.from_reference(rounded())),
         eager=lambda: result(rounded()),
-        exact=lambda: _exact_step(model, batch, precision.dtype),
+        exact=lambda: _exact_step(model, batch, precision.dtype, device),
     )
 
 

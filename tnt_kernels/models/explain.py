@@ -139,9 +139,10 @@ def _verdict(
     dtypes = {str(tensor.dtype) for tensor in tensors if tensor is not None and tensor.dim() > 1}
     if len(dtypes) > 1 and not fused.autocast(tensors[0]):
         return AS_WRITTEN, f"its weights are of several dtypes: {', '.join(sorted(dtypes))}"
-    why = dispatch.can_run_cpu(part.op, *tensors, needs_grad=needs_grad)
+    runs = dispatch.native_backend(tensors) if backend == "auto" else backend
+    why = dispatch.can_run(runs, part.op, *tensors, needs_grad=needs_grad)
     if why is None:
-        return "cpu", ""
+        return runs, ""
     return (AS_WRITTEN, why) if backend == "auto" else (ERROR, f"the {backend} backend is forced: {why}")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from importlib import resources
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["Config", "config_of", "forced", "table"]
+__all__ = ["PATH", "Config", "Wanted", "config_of", "forced", "table", "wanted"]
+
+PATH = Path(__file__).with_name("configs.json")
 
 
 class Config(NamedTuple):
@@ -20,7 +24,16 @@ class Config(NamedTuple):
     stages: int = 1
 
 
+class Wanted(NamedTuple):
+    """What a configuration is asked for by."""
+
+    kernel: str
+    dtype: torch.dtype
+    width: int
+
+
 _forced: dict[str, Config] = {}
+_wanted: list[Wanted] | None = None
 
 
 class forced:
@@ -36,11 +49,21 @@ class forced:
         del _forced[self.kernel]
 
 
+@contextlib.contextmanager
+def wanted() -> Iterator[list[Wanted]]:
+    """Notes down the configurations asked for inside it; for the tuner."""
+    global _wanted
+    before, _wanted = _wanted, []
+    try:
+        yield _wanted
+    finally:
+        _wanted = before
+
+
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, list[int]]]]:
     """Returns kernel -> architecture ("sm_90", "other") -> "dtype width" -> [rows, warps, stages]."""
-    text = resources.files("tnt_kernels.backends.triton").joinpath("configs.json").read_text("utf-8")
-    found: dict[str, dict[str, dict[str, list[int]]]] = json.loads(text)
+    found: dict[str, dict[str, dict[str, list[int]]]] = json.loads(PATH.read_text("utf-8"))
     return found
 
 
@@ -66,4 +89,6 @@ def config_of(kernel: str, architecture: int, dtype: torch.dtype, width: int) ->
         dtype: that of the operands of matrix products.
         width: what the kernel's cost depends on (channels); the table's next larger entry is taken.
     """
+    if _wanted is not None:
+        _wanted.append(Wanted(kernel, dtype, width))
     return _forced.get(kernel) or _from_table(kernel, architecture, dtype, width)
