@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout need not be installed
+
 from tnt_kernels import native
 from tnt_kernels._timm import import_timm
 from tnt_kernels.bench import goals, steps
@@ -30,7 +33,6 @@ from tnt_kernels.bench.environment import describe
 from tnt_kernels.bench.results import table
 from tnt_kernels.bench.steps import Outcome, Step
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 520  # for everything
 SHARDS = 8  # processes that share the tests
 SMALL_TESTS = [
@@ -166,6 +168,12 @@ def _beside_nvcc() -> str:
     return str(found[-1]) if found else ""
 
 
+def _from_checkout(step: Step) -> Step:
+    """The step with this process's module path, but for the folder of this program."""
+    path = os.pathsep.join(folder for folder in sys.path if Path(folder) != Path(__file__).resolve().parent)
+    return dataclasses.replace(step, variables={"PYTHONPATH": path, **step.variables})
+
+
 def documents(output: Path) -> dict[str, dict[str, Any]]:
     """The result files that there are, those of one kind joined."""
     found: dict[str, dict[str, Any]] = {}
@@ -253,7 +261,6 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "logs").mkdir(exist_ok=True)
     os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     outcomes: list[Outcome] = []
     planned = sum(map(len, chosen))
 
@@ -263,7 +270,7 @@ def main() -> int:
         write(output, outcomes, planned)
 
     write(output, outcomes, planned)
-    steps.run_all(chosen, output / "logs", SECONDS, done)
+    steps.run_all([list(map(_from_checkout, stage)) for stage in chosen], output / "logs", SECONDS, done)
     print((output / "summary.md").read_text())
     bad = [o for o in outcomes if o.status in (steps.FAILED, steps.TIMED_OUT)]
     return 1 if bad else 0
