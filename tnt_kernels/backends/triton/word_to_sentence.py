@@ -181,13 +181,13 @@ def can_launch(d: int, *tensors: Tensor | None) -> bool:
     return fits and all(tensor is None or tensor.dtype in dispatch.DTYPES for tensor in tensors)
 
 
-def projection(words: Tensor, norm1_weight: Tensor, weight: Tensor, config: Config) -> dict[str, Any]:
+def projection(norm1_weight: Tensor, weight: Tensor, config: Config) -> dict[str, Any]:
     """Returns the constants of a kernel that projects words [S, m, c] by a weight [d, m * c]."""
     d, k = weight.shape
-    part = 128 if d % 128 == 0 or d > 512 else 64
+    part = 64 if d < 512 else 128
     return {
         "K": k, "WIDTH": norm1_weight.numel(), "D": d, "PARTS": triton.cdiv(d, part), "PART": part,
-        "ROWS": config.rows, "STEP": 64 if weight.dtype != torch.float32 else 32,
+        "ROWS": config.rows, "STEP": 32,
         "PRECISION": dot_precision(weight.dtype),
     }  # fmt: skip
 
@@ -228,7 +228,7 @@ def word_to_sentence(
             "out_ptr": out, "sentences": words.shape[0], "n": length - 1, "tokens_stride": tokens.stride(0),
             "eps1": eps1, "eps2": eps2,
         },
-        projection(words, norm1_weight, weight, config),
+        projection(norm1_weight, weight, config),
         config,
     )  # fmt: skip
     return out
