@@ -45,7 +45,9 @@ TRAINABLE = frozenset(
 )
 # Operators with kernels for GPUs, and the limits of those: words in a sentence, channels of a word and of a
 # token. `linear` and `layer_norm` are those of the class token alone, which are PyTorch's own on a GPU.
-TRITON_OPS = frozenset({"add_layer_norm", "inner_attention", "inner_block", "inner_mlp", "outer_block"})
+TRITON_OPS = frozenset(
+    {"add_layer_norm", "inner_attention", "inner_block", "inner_mlp", "outer_block", "word_to_sentence"}
+)
 MAX_WORDS, MAX_INNER_DIM, MAX_OUTER_DIM, OUTER_DIM_STEP = 64, 64, 1024, 16
 
 _override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)

@@ -23,6 +23,8 @@ LAUNCHERS = {
     "outer_block": "outer_block",
     "outer_block_backward": "outer_block_backward",
     "outer_block_train": "outer_block",
+    "word_to_sentence": "word_to_sentence",
+    "word_to_sentence_backward": "word_to_sentence_backward",
 }
 
 

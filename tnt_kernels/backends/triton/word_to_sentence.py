@@ -1,7 +1,7 @@
 """LayerNorm, projection, LayerNorm of the words of a patch, added to its sentence token, in one kernel.
 
-A program has all channels of its sentences, for the second LayerNorm needs them; two accumulators hold them
-where their number is no power of two (640 = 512 + 128). The first LayerNorm is applied to the words on their
+A program has all channels of its sentences, for the second LayerNorm needs them, in accumulators of PART channels
+each: their number need not be a power of two, and what is moved at the end is moved part by part. The first LayerNorm is applied to the words on their
 way into the product: its statistics come from a pass of their own over the program's words, which the second
 pass then finds in the cache. Correcting the product afterwards instead would cancel where words have a mean.
 """
@@ -20,7 +20,7 @@ from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.configs import Config, config_of
 from tnt_kernels.backends.triton.runtime import architecture, contiguous, dot_precision, launch
 
-__all__ = ["can_launch", "project", "projection", "word_to_sentence"]
+__all__ = ["normalise", "project", "projection", "runs", "word_to_sentence"]
 
 
 @triton.jit
@@ -175,10 +175,10 @@ def _word_to_sentence(
             tl.store(out_ptr + i * (n + 1) * D + first + column, token, first + column < D)
 
 
-def can_launch(d: int, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take sentence tokens of d channels and the dtypes of these arguments."""
-    fits = d % dispatch.OUTER_DIM_STEP == 0 and d <= dispatch.MAX_OUTER_DIM
-    return fits and all(tensor is None or tensor.dtype in dispatch.DTYPES for tensor in tensors)
+def runs(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these arguments; other dtypes and widths are left to plain PyTorch."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return dtypes <= dispatch.DTYPES and dispatch.over_limits("word_to_sentence", tensors) is None
 
 
 def projection(norm1_weight: Tensor, weight: Tensor, config: Config) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def word_to_sentence(
 ) -> Tensor:
     parameters = (norm1_weight, norm1_bias, weight, bias, norm2_weight, norm2_bias)
     _checks.check_word_to_sentence(words, tokens, *parameters, compute_dtype)
-    if not can_launch(tokens.shape[2], words, tokens, *parameters):
+    if not runs(words, tokens, *parameters):
         return reference.word_to_sentence_in(words, tokens, *parameters, eps1, eps2, compute_dtype)
     batch, length, d = tokens.shape
     if tokens.stride(2) != 1 or tokens.stride(1) != d:  # the batch may be expanded, its rows may not

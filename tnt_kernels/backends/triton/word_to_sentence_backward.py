@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnt_kernels import _checks, _ops
-from tnt_kernels._autograd import composite_backward, tensor_positions
+from tnt_kernels import _checks
+from tnt_kernels._autograd import COMPOSITES
 from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.add_layer_norm import launch_add_layer_norm
 from tnt_kernels.backends.triton.configs import config_of
 from tnt_kernels.backends.triton.layer_norm_backward import launch_layer_norm_backward
 from tnt_kernels.backends.triton.runtime import architecture, contiguous, launch
-from tnt_kernels.backends.triton.word_to_sentence import can_launch, normalise, project, projection
+from tnt_kernels.backends.triton.word_to_sentence import normalise, project, projection, runs
 
 __all__ = ["word_to_sentence_backward"]
 
@@ -106,11 +106,9 @@ def word_to_sentence_backward(
     _checks.check_word_to_sentence(words, tokens, *parameters, compute_dtype)
     _checks.check_gradient("word_to_sentence_backward", grad, tokens.shape, tokens.dtype, words.device)
     tensors = (words, tokens, *parameters)
-    d = tokens.shape[2]
-    if not can_launch(d, *tensors):
-        positions = tensor_positions(_ops.word_to_sentence)
-        arguments = (*tensors, eps1, eps2, compute_dtype)
-        return composite_backward(reference.word_to_sentence_in, positions, grad, needed, arguments)
+    if not runs(*tensors):
+        by_autograd = COMPOSITES["word_to_sentence_backward"]
+        return by_autograd(grad, needed, *tensors, eps1, eps2, compute_dtype)
     found: list[Tensor | None] = [None] * len(tensors)
     if needed[1]:
         found[1] = grad.clone(memory_format=torch.contiguous_format)
