@@ -122,7 +122,7 @@ def normalise(
 
 
 @triton.jit
-def _word_to_sentence(
+def _word_to_sentence_kernel(
     words_ptr,  # [S, K]
     tokens_ptr,  # [B, n + 1, D], images tokens_stride elements apart
     norm1_weight_ptr,  # [WIDTH]
@@ -218,7 +218,7 @@ def word_to_sentence(
     weight = weight.to(words.dtype if compute_dtype is None else compute_dtype)
     config = config_of("word_to_sentence", architecture(words.device), weight.dtype, d)
     launch(
-        _word_to_sentence,
+        _word_to_sentence_kernel,
         (triton.cdiv(words.shape[0], config.rows),),
         {
             "words_ptr": words.contiguous(), "tokens_ptr": tokens,

@@ -28,7 +28,7 @@ __all__ = ["word_to_sentence_backward"]
 
 
 @triton.jit
-def _word_to_sentence_backward(
+def _word_to_sentence_backward_kernel(
     grad_ptr,  # [B, n + 1, D]
     words_ptr,  # [S, K]
     norm1_weight_ptr,  # [WIDTH]
@@ -154,7 +154,7 @@ def _through_norm2(
     dz = weight.new_empty((sentences, d))
     partial = weight.new_empty((programs, 3, d), dtype=torch.float32)
     launch(
-        _word_to_sentence_backward,
+        _word_to_sentence_backward_kernel,
         (programs,),
         {
             "grad_ptr": grad.contiguous(), "words_ptr": words, "norm1_weight_ptr": norm1_weight.contiguous(),
