@@ -20,7 +20,16 @@ from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.configs import Config, config_of
 from tnt_kernels.backends.triton.runtime import architecture, contiguous, dot_precision, launch
 
-__all__ = ["normalise", "project", "projection", "runs", "word_to_sentence"]
+__all__ = ["normalise", "project", "projection", "runs", "within", "word_to_sentence"]
+
+
+@triton.jit
+def within(column, END: tl.constexpr, STEP: tl.constexpr):
+    """column < END. Where whole steps lead to END that is no question, and the compiler drops the mask."""
+    if END % STEP == 0:
+        return tl.full(column.shape, True, tl.int1)
+    else:
+        return column < END
 
 
 @triton.jit
@@ -36,10 +45,11 @@ def _statistics(
     squares = tl.zeros(inside.shape, tl.float32)  # of the distances from the mean, summed
     for k in range(0, WIDTH, STEP):
         column = k + tl.arange(0, STEP)[None, :]
-        step = tl.load(x + column, inside & (column < WIDTH), other=0.0).to(tl.float32)
+        present = within(column, WIDTH, STEP)
+        step = tl.load(x + column, inside & present, other=0.0).to(tl.float32)
         count = tl.minimum(WIDTH - k, STEP).to(tl.float32)
         step_mean = tl.sum(step, axis=1, keep_dims=True) / count
-        centred = tl.where(column < WIDTH, step - step_mean, 0.0)
+        centred = tl.where(present, step - step_mean, 0.0)
         distance = step_mean - mean
         mean += distance * (count / (k + count))
         squares += tl.sum(centred * centred, axis=1, keep_dims=True)
@@ -54,8 +64,8 @@ def project(
     norm_bias_ptr,  # [WIDTH]
     weight_ptr,  # [D, K] in the dtype of the product's operands
     bias_ptr,  # [D] or None
-    row,  # [ROWS, 1] sentences, int64
-    inside,  # [ROWS, 1] which of them exist
+    row,  # [ROWS, 1] 0 .. ROWS - 1: words_ptr is that of the program's first sentence
+    inside,  # [ROWS, 1] which of the rows exist
     eps,
     K: tl.constexpr,
     WIDTH: tl.constexpr,  # what a LayerNorm spans: K, or the channels of a word
@@ -66,31 +76,32 @@ def project(
     PRECISION: tl.constexpr,
 ):
     """Linear(LayerNorm(words)) as float32 [ROWS, PART] for each of PARTS times PART channels, zero from D on."""
-    n = tl.arange(0, PART)[None, :]
-    z = (tl.zeros((row.shape[0], PART), tl.float32),) * PARTS
+    z = ()
+    for i in tl.static_range(PARTS):
+        n = i * PART + tl.arange(0, PART)[None, :]
+        begin = tl.zeros((row.shape[0], PART), tl.float32)
+        if bias_ptr is not None:
+            begin += tl.load(bias_ptr + n, within(n, D, PART), other=0.0).to(tl.float32)
+        z += (begin,)
     for first in range(0, K, WIDTH):
         x = words_ptr + row * K + first  # [ROWS, 1]
         mean, reciprocal = _statistics(x, inside, eps, WIDTH, STEP)
         for k in range(0, WIDTH, STEP):
             column = k + tl.arange(0, STEP)
             across, down = column[None, :], column[:, None]
-            norm_weight = tl.load(norm_weight_ptr + across, across < WIDTH, other=0.0).to(tl.float32)
-            norm_bias = tl.load(norm_bias_ptr + across, across < WIDTH, other=0.0).to(tl.float32)
-            words = tl.load(x + across, inside & (across < WIDTH), other=0.0).to(tl.float32)
+            present = within(across, WIDTH, STEP)
+            norm_weight = tl.load(norm_weight_ptr + across, present, other=0.0).to(tl.float32)
+            norm_bias = tl.load(norm_bias_ptr + across, present, other=0.0).to(tl.float32)
+            words = tl.load(x + across, inside & present, other=0.0).to(tl.float32)
             normed = (words - mean) * reciprocal * norm_weight + norm_bias  # [ROWS, STEP]
             normed = normed.to(weight_ptr.dtype.element_ty)
-            w = weight_ptr + first + down + n * K
             added = ()
             for i in tl.static_range(PARTS):
-                weight = tl.load(w + i * PART * K, (down < WIDTH) & (n < D - i * PART), other=0.0)
+                n = i * PART + tl.arange(0, PART)[None, :]
+                present = within(down, WIDTH, STEP) & within(n, D, PART)
+                weight = tl.load(weight_ptr + first + down + n * K, present, other=0.0)
                 added += (tl.dot(normed, weight, z[i], input_precision=PRECISION),)
             z = added
-    if bias_ptr is not None:
-        added = ()
-        for i in tl.static_range(PARTS):
-            bias = tl.load(bias_ptr + i * PART + n, n < D - i * PART, other=0.0)
-            added += (z[i] + bias.to(tl.float32),)
-        z = added
     return z
 
 
@@ -103,7 +114,6 @@ def normalise(
     PART: tl.constexpr,
 ):
     """z without its mean, divided by its deviation, and the reciprocal of that, [ROWS]."""
-    n = tl.arange(0, PART)[None, :]
     total = tl.sum(z[0], axis=1)
     for i in tl.static_range(1, PARTS):
         total += tl.sum(z[i], axis=1)
@@ -111,7 +121,8 @@ def normalise(
     centred = ()
     squares = tl.zeros(total.shape, tl.float32)
     for i in tl.static_range(PARTS):
-        part = tl.where(n < D - i * PART, z[i] - mean, 0.0)
+        n = i * PART + tl.arange(0, PART)[None, :]
+        part = tl.where(within(n, D, PART), z[i] - mean, 0.0)
         squares += tl.sum(part * part, axis=1)
         centred += (part,)
     reciprocal = 1.0 / tl.sqrt(squares / D + eps)
@@ -147,29 +158,33 @@ def _word_to_sentence_kernel(
     PRECISION: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * ROWS
-    row = start + tl.arange(0, ROWS)[:, None]
-    inside = row < sentences
+    stop = tl.minimum(start + ROWS, sentences)
+    row = tl.arange(0, ROWS)[:, None]
+    inside = row < (stop - start).to(tl.int32)
     z = project(
-        words_ptr, norm1_weight_ptr, norm1_bias_ptr, weight_ptr, bias_ptr, row, inside, eps1,
+        words_ptr + start * K, norm1_weight_ptr, norm1_bias_ptr, weight_ptr, bias_ptr, row, inside, eps1,
         K, WIDTH, D, PARTS, PART, STEP, PRECISION,
     )  # fmt: skip
     if norm2_weight_ptr is not None:
         z, _ = normalise(z, eps2, D, PARTS, PART)
-    image = row // n
-    tokens = tokens_ptr + image * tokens_stride + (row % n + 1) * D
-    out = out_ptr + (row + image + 1) * D
+    # Of the program's first sentence, and how many images later a row is.
+    image, place = start // n, (start % n).to(tl.int32)
+    later = (place + row) // n
+    tokens = tokens_ptr + (image + later) * tokens_stride + ((place + row) % n + 1).to(tl.int64) * D
+    out = out_ptr + (start + image + 1) * D + (row + later) * D
     for i in tl.static_range(PARTS):
         column = i * PART + tl.arange(0, PART)[None, :]
+        present = within(column, D, PART)
         y = z[i]
         if norm2_weight_ptr is not None:
-            y *= tl.load(norm2_weight_ptr + column, column < D, other=0.0).to(tl.float32)
-            y += tl.load(norm2_bias_ptr + column, column < D, other=0.0).to(tl.float32)
-        y += tl.load(tokens + column, inside & (column < D), other=0.0).to(tl.float32)
-        tl.store(out + column, y.to(out_ptr.dtype.element_ty), inside & (column < D))
+            y *= tl.load(norm2_weight_ptr + column, present, other=0.0).to(tl.float32)
+            y += tl.load(norm2_bias_ptr + column, present, other=0.0).to(tl.float32)
+        y += tl.load(tokens + column, inside & present, other=0.0).to(tl.float32)
+        tl.store(out + column, y.to(out_ptr.dtype.element_ty), inside & present)
 
     # The class token of each image whose first sentence is here.
     column = tl.arange(0, PART)
-    for i in range(tl.cdiv(start, n), tl.cdiv(tl.minimum(start + ROWS, sentences), n)):
+    for i in range(tl.cdiv(start, n), tl.cdiv(stop, n)):
         for first in range(0, D, PART):
             token = tl.load(tokens_ptr + i * tokens_stride + first + column, first + column < D)
             tl.store(out_ptr + i * (n + 1) * D + first + column, token, first + column < D)
@@ -181,14 +196,12 @@ def runs(*tensors: Tensor | None) -> bool:
     return dtypes <= dispatch.DTYPES and dispatch.over_limits("word_to_sentence", tensors) is None
 
 
-def projection(norm1_weight: Tensor, weight: Tensor, config: Config) -> dict[str, Any]:
-    """Returns the constants of a kernel that projects words [S, m, c] by a weight [d, m * c]."""
+def projection(norm1_weight: Tensor, weight: Tensor, part: int, config: Config) -> dict[str, Any]:
+    """Returns the constants of a kernel that projects by a weight [d, m * c], `part` channels at a time."""
     d, k = weight.shape
-    part = 64 if d < 512 else 128
     return {
         "K": k, "WIDTH": norm1_weight.numel(), "D": d, "PARTS": triton.cdiv(d, part), "PART": part,
-        "ROWS": config.rows, "STEP": 32,
-        "PRECISION": dot_precision(weight.dtype),
+        "ROWS": config.rows, "STEP": 32, "PRECISION": dot_precision(weight.dtype),
     }  # fmt: skip
 
 
@@ -216,7 +229,11 @@ def word_to_sentence(
     if out.numel() == 0:
         return out
     weight = weight.to(words.dtype if compute_dtype is None else compute_dtype)
-    config = config_of("word_to_sentence", architecture(words.device), weight.dtype, d)
+    # What is added takes registers at the end: of float32, twice as many for as many channels.
+    large = tokens.dtype == torch.float32
+    kernel = "word_to_sentence large" if large else "word_to_sentence"
+    config = config_of(kernel, architecture(words.device), weight.dtype, d)
+    part = 64 if d < 512 or large else 128
     launch(
         _word_to_sentence_kernel,
         (triton.cdiv(words.shape[0], config.rows),),
@@ -228,7 +245,7 @@ def word_to_sentence(
             "out_ptr": out, "sentences": words.shape[0], "n": length - 1, "tokens_stride": tokens.stride(0),
             "eps1": eps1, "eps2": eps2,
         },
-        projection(norm1_weight, weight, config),
+        projection(norm1_weight, weight, part, config),
         config,
     )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ from tnt_kernels.backends.triton.add_layer_norm import launch_add_layer_norm
 from tnt_kernels.backends.triton.configs import config_of
 from tnt_kernels.backends.triton.layer_norm_backward import launch_layer_norm_backward
 from tnt_kernels.backends.triton.runtime import architecture, contiguous, launch
-from tnt_kernels.backends.triton.word_to_sentence import normalise, project, projection, runs
+from tnt_kernels.backends.triton.word_to_sentence import normalise, project, projection, runs, within
 
 __all__ = ["word_to_sentence_backward"]
 
@@ -52,38 +52,43 @@ def _word_to_sentence_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = row < sentences
+    start = program * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    inside = row < tl.minimum(sentences - start, ROWS).to(tl.int32)
     z = project(
-        words_ptr, norm1_weight_ptr, norm1_bias_ptr, weight_ptr, bias_ptr, row, inside, eps1,
+        words_ptr + start * K, norm1_weight_ptr, norm1_bias_ptr, weight_ptr, bias_ptr, row, inside, eps1,
         K, WIDTH, D, PARTS, PART, STEP, PRECISION,
     )  # fmt: skip
     normed, reciprocal = normalise(z, eps2, D, PARTS, PART)
-    grads = grad_ptr + (row + row // n + 1) * D
+    image, place = start // n, (start % n).to(tl.int32)
+    grads = grad_ptr + (start + image + 1) * D + (row + (place + row) // n) * D
+    dz_ptr += start * D
     partial_ptr += program * 3 * D
     # The gradient is read twice, for z takes the registers. What a row beyond the last holds may be no number.
     along_mean = tl.zeros((ROWS,), tl.float32)
     along_normed = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(PARTS):
         column = i * PART + tl.arange(0, PART)
-        present = inside & (column < D)[None, :]
+        real = within(column, D, PART)
+        present = inside & real[None, :]
         grad = tl.load(grads + column[None, :], present, other=0.0).to(tl.float32)
         product = tl.where(present, grad * normed[i], 0.0)
-        tl.store(partial_ptr + column, tl.sum(product, axis=0), column < D)
-        tl.store(partial_ptr + D + column, tl.sum(grad, axis=0), column < D)
-        norm_weight = tl.load(norm2_weight_ptr + column, column < D, other=0.0).to(tl.float32)[None, :]
+        tl.store(partial_ptr + column, tl.sum(product, axis=0), real)
+        tl.store(partial_ptr + D + column, tl.sum(grad, axis=0), real)
+        norm_weight = tl.load(norm2_weight_ptr + column, real, other=0.0).to(tl.float32)[None, :]
         along_mean += tl.sum(grad * norm_weight, axis=1)
         along_normed += tl.sum(product * norm_weight, axis=1)
     along_mean = (along_mean / D)[:, None]
     along_normed = (along_normed / D)[:, None]
     for i in tl.static_range(PARTS):
         column = i * PART + tl.arange(0, PART)
-        present = inside & (column < D)[None, :]
+        real = within(column, D, PART)
+        present = inside & real[None, :]
         grad = tl.load(grads + column[None, :], present, other=0.0).to(tl.float32)
-        norm_weight = tl.load(norm2_weight_ptr + column, column < D, other=0.0).to(tl.float32)[None, :]
+        norm_weight = tl.load(norm2_weight_ptr + column, real, other=0.0).to(tl.float32)[None, :]
         dz = (grad * norm_weight - along_mean - normed[i] * along_normed) * reciprocal[:, None]
         dz = tl.where(present, dz, 0.0)
-        tl.store(partial_ptr + 2 * D + column, tl.sum(dz, axis=0), column < D)
+        tl.store(partial_ptr + 2 * D + column, tl.sum(dz, axis=0), real)
         tl.store(dz_ptr + row * D + column[None, :], dz.to(dz_ptr.dtype.element_ty), present)
 
 
@@ -162,7 +167,7 @@ def _through_norm2(
             "norm2_weight_ptr": norm2_weight.contiguous(), "dz_ptr": dz, "partial_ptr": partial,
             "sentences": sentences, "n": grad.shape[1] - 1, "eps1": eps1, "eps2": eps2,
         },
-        projection(norm1_weight, weight, config),
+        projection(norm1_weight, weight, 64 if d < 512 else 128, config),
         config,
     )  # fmt: skip
     return dz, *partial.sum(0)
