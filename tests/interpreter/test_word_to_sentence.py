@@ -198,7 +198,9 @@ def test_other_widths_are_left_to_plain_pytorch(d: int) -> None:
 
 
 def test_float64_is_left_to_plain_pytorch() -> None:
-    values = {n: v.double() if isinstance(v, Tensor) else v for n, v in sentence_arguments(1, 3, 2, 6, 48).items()}
+    values = {
+        n: v.double() if isinstance(v, Tensor) else v for n, v in sentence_arguments(1, 3, 2, 6, 48).items()
+    }
     assert torch.equal(run(values), eager_and_exact(OP, values)[1])
 
 

@@ -127,7 +127,7 @@ def word_to_sentence_backward(
         dz, found[6], found[7], found[5] = _through_norm2(
             grad, words.contiguous(), norm1_weight, norm1_bias, weight, bias, norm2_weight, eps1, eps2
         )
-        with reference._autocast(words.device.type, None):
+        with reference.autocast_to(words.device.type, None):
             found[0], found[2], found[3], found[4] = _through_projection(
                 dz, needed, words.contiguous(), norm1_weight, norm1_bias, weight, eps1
             )
