@@ -1,4 +1,7 @@
-"""Word to sentence on GPUs, forward and backward, in Triton's interpreter."""
+"""Word to sentence on GPUs, forward and backward, in Triton's interpreter.
+
+In float32 and float16: the interpreter multiplies bfloat16 matrices wrongly.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from oracle import (
 )
 from torch import Tensor
 
+from tnt_kernels.backends.reference import word_to_sentence_in
 from tnt_kernels.backends.triton import runtime
 from tnt_kernels.backends.triton.configs import Config, forced
 from tnt_kernels.backends.triton.word_to_sentence import word_to_sentence
@@ -38,9 +42,10 @@ WIDE = [(2, 40, 640), (1, 3, 1024), (33, 40, 16)]
 def sentence_arguments(
     batch: int, n: int, m: int, c: int, d: int, mean: float = 0.0, **options: Any
 ) -> dict[str, Any]:
+    dtype = options.get("dtype", torch.float32)
     return {
-        "words": randn(batch * n, m, c, mean=mean),
-        "tokens": randn(batch, n + 1, d),
+        "words": randn(batch * n, m, c, mean=mean, dtype=dtype),
+        "tokens": randn(batch, n + 1, d, dtype=dtype),
         **sentence_parameters(m, c, d, **options),
     }
 
@@ -66,7 +71,7 @@ def backward(values: dict[str, Any], grad: Tensor, wanted: list[str] | None = No
 
 
 def check_backward(values: dict[str, Any]) -> dict[str, Tensor]:
-    grad = torch.randn(values["tokens"].shape)
+    grad = torch.randn(values["tokens"].shape).to(values["tokens"].dtype)
     ours = backward(values, grad)
     assert_gradients_as_accurate(ours, *eager_and_exact_gradients(OP, values, grad))
     assert all(gradient.is_contiguous() for gradient in ours.values())
@@ -101,7 +106,7 @@ def test_sentence_counts(batch: int, n: int) -> None:
 @pytest.mark.parametrize("rows", [16, 64, 128])
 def test_every_number_of_rows(rows: int) -> None:
     values = sentence_arguments(3, 45, 4, 6, 80, bias=True)
-    with forced(OP, Config(rows, 4)), forced(f"{OP}_backward", Config(rows, 4)):
+    with forced(f"{OP} large", Config(rows, 4)), forced(f"{OP}_backward", Config(rows, 4)):
         check(values)
         check_backward(values)
 
@@ -111,6 +116,25 @@ def test_every_number_of_rows(rows: int) -> None:
 def test_words_with_a_large_mean(mean: float, kind: str) -> None:
     check(sentence_arguments(3, 13, 16, 24, 96, mean, **KINDS[kind]))
     check_backward(sentence_arguments(3, 13, 16, 24, 96, mean, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_float16(mean: float, kind: str) -> None:
+    values = sentence_arguments(3, 25, 16, 24, 96, mean, dtype=torch.float16, **KINDS[kind])
+    check(values)
+    check_backward(values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_tokens_of_float16_products(kind: str) -> None:
+    """As under autocast: words, tokens and parameters are float32."""
+    values = sentence_arguments(3, 25, 16, 24, 96, **KINDS[kind])
+    eager = word_to_sentence_in(*operator_arguments(OP, values, torch.float16))
+    ours = word_to_sentence(*operator_arguments(OP, values, torch.float16))
+    _, exact = eager_and_exact(OP, values)
+    assert ours.dtype == torch.float32
+    assert_as_accurate(ours, eager, exact)
 
 
 def test_tokens_of_one_image_serve_the_batch() -> None:
@@ -191,9 +215,8 @@ def test_no_images() -> None:
 
 @pytest.mark.parametrize("d", [40, 1040])
 def test_other_widths_are_left_to_plain_pytorch(d: int) -> None:
-    values, grad = sentence_arguments(1, 3, 2, 6, d), torch.randn(1, 4, d)
-    eager, exact = eager_and_exact(OP, values)
-    assert torch.equal(run(values), eager)
+    values = sentence_arguments(1, 3, 2, 6, d)
+    assert torch.equal(run(values), eager_and_exact(OP, values)[0])
     check_backward(values)
 
 
@@ -213,7 +236,7 @@ def test_products_are_in_the_compute_dtype(
     words: torch.dtype, tokens: torch.dtype, compute: torch.dtype | None
 ) -> None:
     """What is launched, for the interpreter does not multiply 16-bit matrices right."""
-    values = sentence_arguments(1, 3, 2, 8, 48)
+    values = sentence_arguments(1, 3, 2, 8, 48, dtype=torch.float32 if compute else words)
     meta = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in values.items()}
     meta["words"], meta["tokens"] = meta["words"].to(words), meta["tokens"].to(tokens)
     arguments = operator_arguments(OP, meta, compute)

@@ -51,7 +51,8 @@ def _layer_norm_backward_kernel(
         mean = tl.sum(x, axis=1) / D
         centred = tl.where(inside, x - mean[:, None], 0.0)
         reciprocal = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-        normed = centred * reciprocal[:, None]
+        # With eps zero a row beyond the last, which is constant, would be no number.
+        normed = tl.where(inside, centred * reciprocal[:, None], 0.0)
         if partial_ptr is not None:
             grad_weight += grad * normed
             grad_bias += grad

@@ -1,10 +1,13 @@
 """LayerNorm, projection, LayerNorm of the words of a patch, added to its sentence token, in one kernel.
 
-A program has all channels of its sentences, for the second LayerNorm needs them, in accumulators of PART channels
-each: their number need not be a power of two, and what is moved at the end is moved part by part. The first LayerNorm is applied to the words on their
-way into the product: its statistics come from a pass of their own over the program's words, which the second
-pass then finds in the cache. Correcting the product afterwards instead would cancel where words have a mean.
+A program has all channels of its sentences, for the second LayerNorm needs them: in accumulators of PART
+channels, so that their number need not be a power of two and the end goes part by part. The first LayerNorm
+is applied to the words on their way into the product; its statistics come from a pass of their own over the
+program's words, which then lie in the cache. To correct the product afterwards instead would cancel where
+words have a mean and are rounded for the product.
 """
+
+# mypy: disable-error-code="no-untyped-def,assignment"
 
 from __future__ import annotations
 
@@ -26,10 +29,7 @@ __all__ = ["normalise", "project", "projection", "runs", "within", "word_to_sent
 @triton.jit
 def within(column, END: tl.constexpr, STEP: tl.constexpr):
     """column < END. Where whole steps lead to END that is no question, and the compiler drops the mask."""
-    if END % STEP == 0:
-        return tl.full(column.shape, True, tl.int1)
-    else:
-        return column < END
+    return tl.full(column.shape, True, tl.int1) if END % STEP == 0 else column < END
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def project(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Linear(LayerNorm(words)) as float32 [ROWS, PART] for each of PARTS times PART channels, zero from D on."""
+    """Linear(LayerNorm(words)), float32: PARTS of [ROWS, PART], zero from channel D on."""
     z = ()
     for i in tl.static_range(PARTS):
         n = i * PART + tl.arange(0, PART)[None, :]

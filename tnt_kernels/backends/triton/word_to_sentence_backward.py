@@ -1,10 +1,13 @@
 """Gradients of word_to_sentence, which keeps its arguments alone.
 
-One kernel projects the words again, as forward does, and takes the gradient back through the second LayerNorm,
-dz. The products of dz, with the weight and with the normalised words, are cuBLAS's: the one for the weight sums
-over every sentence, and the one for the words would have to stream the weight through each program a second
-time, which costs more than writing and reading dz does. The first LayerNorm's gradient is a pass over the words.
+One kernel projects the words again, as forward does, and takes the gradient back through the second
+LayerNorm: dz. The products of dz, with the weight and with the normalised words, are cuBLAS's. The one for
+the weight is a sum over every sentence; the one for the words, in the same kernel, would stream the weight
+through each program a second time, which costs more than it saves to keep dz. The first LayerNorm's gradient
+is a pass over the words.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def _word_to_sentence_backward_kernel(
     grads = grad_ptr + (start + image + 1) * D + (row + (place + row) // n) * D
     dz_ptr += start * D
     partial_ptr += program * 3 * D
-    # The gradient is read twice, for z takes the registers. What a row beyond the last holds may be no number.
+    # The gradient is read twice, for z takes the registers. Rows beyond the last may hold no numbers.
     along_mean = tl.zeros((ROWS,), tl.float32)
     along_normed = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(PARTS):
@@ -149,7 +152,7 @@ def _through_norm2(
     eps1: float,
     eps2: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Returns the gradient of the projection's result [S, d], and those of norm2_weight, norm2_bias and bias."""
+    """Returns the gradients of the projection's result [S, d], norm2_weight, norm2_bias and bias."""
     sentences, d = words.shape[0], weight.shape[0]
     if norm2_weight is None:
         dz = grad[:, 1:].reshape(sentences, d)
@@ -170,7 +173,8 @@ def _through_norm2(
         projection(norm1_weight, weight, 64 if d < 512 else 128, config),
         config,
     )  # fmt: skip
-    return dz, *partial.sum(0)
+    grad_weight, grad_bias, grad_z = partial.sum(0)
+    return dz, grad_weight, grad_bias, grad_z
 
 
 def _through_projection(
@@ -187,15 +191,15 @@ def _through_projection(
     # A LayerNorm spans the channels of a word, or all words of a sentence.
     x = words if norm1_weight.numel() == words.shape[2] else words.view(1, words.shape[0], -1)
     norm = (norm1_weight, norm1_bias)
-    grad_words, sums = None, (None, None)
+    grad_words, grad_norm_weight, grad_norm_bias = None, None, None
     if needed[0] or needed[2] or needed[3]:
         grad_words = torch.empty_like(words) if needed[0] else None
         partial = launch_layer_norm_backward(
             x, dz @ weight, None, norm, eps, grad_x=grad_words, y=normed, parameters=needed[2] or needed[3]
         )
         if partial is not None:
-            sums = partial.sum(1).unbind(0)
+            grad_norm_weight, grad_norm_bias = partial.sum(1)
     elif normed is not None:
         launch_add_layer_norm(x, norm=norm, eps=eps, out=normed)
     grad_weight = None if normed is None else dz.t() @ normed.view(words.shape[0], -1)
-    return grad_words, *sums, grad_weight
+    return grad_words, grad_norm_weight, grad_norm_bias, grad_weight
