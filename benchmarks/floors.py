@@ -67,7 +67,7 @@ def measure(case: KernelCase, precision: str) -> dict[str, Any]:
         peak = floors.peak_of(torch.cuda.get_device_name())
         if peak is not None:
             architecture = runtime.architecture(torch.device("cuda"))
-            rows = resources.measure([case], [(precision, architecture)])
+            rows = resources.measure([(case, precision, architecture)])
             result["floor"] = floors.floor_of(case, PRECISIONS[precision][0], peak, rows).microseconds()
     except Exception as error:
         result["problem"] = reason(error)

@@ -43,10 +43,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.write_limits and len(sys.argv) > 2:
         parser.error("--write-limits takes no other option: the limits are those of all cases")
-    rows = resources.measure(
-        [case for case in cases() if case.op in arguments.op],
-        list(product(arguments.precision, arguments.architecture)),
-    )
+    chosen = [case for case in cases() if case.op in arguments.op]
+    rows = resources.measure(list(product(chosen, arguments.precision, arguments.architecture)))
     if arguments.write_limits:
         resources.save_limits(rows, LIMITS)
     print(json.dumps(resources.as_json(rows), indent=1) if arguments.json else resources.report(rows))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,35 @@ from triton.runtime.jit import create_function_from_signature
 
 from tnt_kernels.backends.triton import LAUNCHERS, configs, runtime
 from tnt_kernels.backends.triton.configs import Config
-from tnt_kernels.bench import kernel_cases, resources, sass
-from tnt_kernels.bench.kernel_cases import CASES, cases
+from tnt_kernels.bench import floors, kernel_cases, resources, sass
+from tnt_kernels.bench.kernel_cases import CASES, PRECISIONS, KernelCase, cases
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LIMITS = Path(__file__).with_name("limits.json")
 
-# What CI compiles, of TNT's own sizes and of the others; benchmarks/resources.py compiles everything.
-USUAL = [
-    *(("bfloat16", architecture) for architecture in resources.ARCHITECTURES),
-    *(("float32", architecture) for architecture in resources.ARCHITECTURES),
-    ("autocast", 90),
-    ("float16", 90),
-]
-ODD = [("bfloat16", 90)]
-
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[resources.Row, ...]:
-    usual = resources.measure([case for case in cases() if not case.odd], USUAL)
-    return usual + resources.measure([case for case in cases() if case.odd], ODD)
+    return resources.measure(list(compiled_here()))
+
+
+def compiled_here() -> Iterator[tuple[KernelCase, str, int]]:
+    """What these tests compile: benchmarks/resources.py compiles everything.
+
+    On sm_90 TNT's own sizes in every precision and the others in bfloat16; on the other architectures TNT-S
+    and TNT-B in bfloat16, and what else it takes to have every entry of the table.
+    """
+    for architecture in resources.ARCHITECTURES:
+        covered: set[tuple[str, str, str]] = set()
+        for precision, case in itertools.product(PRECISIONS, cases()):
+            if architecture == 90:
+                wanted = precision == "bfloat16" or not case.odd
+            else:
+                wanted = precision == "bfloat16" and floors.of_model(case)
+            found = resources.entries(case, precision, architecture)
+            if wanted or not found <= covered:
+                covered |= found
+                yield case, precision, architecture
 
 
 def test_every_kernel_keeps_its_limits(rows: tuple[resources.Row, ...]) -> None:
@@ -264,7 +275,7 @@ def test_rows_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         kernel_cases.KernelCase, "launches", lambda *_: [scale(4096), scale(8192), scale(4095)]
     )
-    first, second = resources.measure([case], [("float32", 90)])
+    first, second = resources.measure([(case, "float32", 90)])
     assert (first.kernel, second.kernel) == ("scale_kernel", "scale_kernel#2")
     assert first.resources is not None
     assert first.instructions == round(first.resources.total * 2 * 64 / kernel_cases.SENTENCES, 1)
@@ -289,13 +300,9 @@ def test_the_program() -> None:
     assert "--write-limits takes no other option" in done.stderr
 
 
-def test_every_kernel_of_the_table_is_compiled(rows: tuple[resources.Row, ...]) -> None:
-    """Each configuration of configs.json is that of a compiled kernel, or stands in for one of a case."""
-    taken = {(row.architecture, row.config) for row in rows}
+def test_every_configuration_of_the_table_is_compiled() -> None:
+    taken = set().union(*(resources.entries(*wanted) for wanted in compiled_here()))
     for kernel, architectures in configs.table().items():
         for name, entries in architectures.items():
-            for size, config in entries.items():
-                if name == "other":
-                    continue
-                number = int(name.removeprefix("sm_"))
-                assert (number, tuple(Config(*config))) in taken, (kernel, name, size)
+            for entry in entries:
+                assert name == "other" or (kernel, name, entry) in taken, "needs a case in kernel_cases.py"

@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 
+from tnt_kernels.backends.triton import configs
 from tnt_kernels.backends.triton.runtime import Launch
 from tnt_kernels.bench import sass
 from tnt_kernels.bench.kernel_cases import KernelCase
@@ -61,15 +62,14 @@ class Row:
         }
 
 
-def measure(cases: Sequence[KernelCase], wanted: Sequence[tuple[str, int]]) -> tuple[Row, ...]:
-    """Compiles the kernels of every case for the pairs of precision and architecture wanted.
+def measure(wanted: Sequence[tuple[KernelCase, str, int]]) -> tuple[Row, ...]:
+    """Compiles the kernels of cases, each in a precision for an architecture.
 
     A precision that a launcher refuses raises its error.
     """
     launched = [
         (case, precision, architecture, launch)
-        for case in cases
-        for precision, architecture in wanted
+        for case, precision, architecture in wanted
         for launch in case.launches(precision, architecture)
     ]
     compilations = [sass.compilation_of(launch, architecture) for _, _, architecture, launch in launched]
@@ -175,6 +175,13 @@ def save_limits(rows: Sequence[Row], path: Path) -> None:
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
+
+
+def entries(case: KernelCase, precision: str, architecture: int) -> set[tuple[str, str, str]]:
+    """Kernel, architecture and entry of every configuration of the table that a case takes."""
+    with configs.wanted() as asked:
+        case.launches(precision, architecture)
+    return {(one.kernel, *configs.entry_of(one.kernel, architecture, one.dtype, one.width)) for one in asked}
 
 
 def report(rows: Sequence[Row]) -> str:

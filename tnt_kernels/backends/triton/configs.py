@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["PATH", "Config", "Wanted", "config_of", "forced", "table", "wanted"]
+__all__ = ["PATH", "Config", "Wanted", "config_of", "entry_of", "forced", "table", "wanted"]
 
 PATH = Path(__file__).with_name("configs.json")
 
@@ -67,17 +67,23 @@ def table() -> dict[str, dict[str, dict[str, list[int]]]]:
     return found
 
 
-@functools.cache
-def _from_table(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> Config:
+def entry_of(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> tuple[str, str]:
+    """Returns where in a kernel's part of the table its configuration stands: ("sm_90", "16bit 64")."""
     architectures = table()[kernel]
     known = sorted(int(name.removeprefix("sm_")) for name in architectures if name != "other")
     # The newest architecture not newer than this one; shared memory differs between 80 and 86.
     at_most = [number for number in known if number <= architecture]
-    entries = architectures[f"sm_{at_most[-1]}" if at_most else "other"]
+    name = f"sm_{at_most[-1]}" if at_most else "other"
     size = "float32" if dtype == torch.float32 else "16bit"
-    widths = sorted(int(key.split()[1]) for key in entries if key.split()[0] == size)
+    widths = sorted(int(key.split()[1]) for key in architectures[name] if key.split()[0] == size)
     chosen = next((w for w in widths if w >= width), widths[-1])
-    return Config(*entries[f"{size} {chosen}"])
+    return name, f"{size} {chosen}"
+
+
+@functools.cache
+def _from_table(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> Config:
+    name, entry = entry_of(kernel, architecture, dtype, width)
+    return Config(*table()[kernel][name][entry])
 
 
 def config_of(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> Config:
