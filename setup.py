@@ -2,7 +2,8 @@
 
 csrc/cpu/kernels.cpp and gradients.cpp are compiled once per SIMD tier, each time with its own -m flags.
 bindings.cpp and dispatch.cpp get no -m flag: they run before the processor's features are known.
-docs/environment.md lists the variables that are read here.
+csrc/cuda is compiled where nvcc is found (build_cuda.py); the CUDA runtime is linked statically, so the module
+loads without a driver. docs/environment.md lists the variables that are read here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip builds without it
+
+import build_cuda  # noqa: E402
 
 COMMON_FLAGS = [
     "-std=c++17",
@@ -98,6 +102,22 @@ def find_compiler() -> list[str] | None:
     return [found] if found else None
 
 
+def find_toolkit(compiler: list[str]) -> build_cuda.Toolkit | None:
+    wanted = tri_state("TNT_BUILD_CUDA")
+    if wanted is False:
+        say("TNT_BUILD_CUDA=0: built without CUDA kernels")
+        return None
+    try:
+        return build_cuda.find_toolkit(compiler)
+    except ValueError as error:
+        fail(str(error))
+    except build_cuda.Unusable as error:
+        if wanted:
+            fail(f"TNT_BUILD_CUDA=1, but {error}")
+        say(f"{error}: built without CUDA kernels, GPUs run those of Triton")
+        return None
+
+
 def find_ninja() -> str | None:
     try:
         import ninja
@@ -164,7 +184,7 @@ def ninja_command(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def ninja_file(compiler: list[str], output: Path) -> str:
+def ninja_file(compiler: list[str], toolkit: build_cuda.Toolkit | None, output: Path) -> str:
     import pybind11
 
     sanitizers = sanitizer_flags()
@@ -173,14 +193,23 @@ def ninja_file(compiler: list[str], output: Path) -> str:
     # The user's flags come first: where the two disagree, ours hold.
     compile_flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *COMMON_FLAGS, *openmp, *sanitizers]
     link = [*link_flags(compiler, sanitizers), *openmp, *sanitizers[:1]]
+    link += toolkit.libraries if toolkit else []
     link += shlex.split(os.environ.get("LDFLAGS", ""))
 
     have = [f"-DTNT_HAVE_{tier.name.upper()}=1" for tier in tiers]
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     units = {
-        "bindings.o": ("csrc/bindings.cpp", [*have, *PRIVATE_PYBIND11, *includes]),
+        "bindings.o": (
+            "csrc/bindings.cpp",
+            [*have, f"-DTNT_HAVE_CUDA={int(toolkit is not None)}", *PRIVATE_PYBIND11, *includes],
+        ),
         "dispatch.o": ("csrc/cpu/dispatch.cpp", have),
     }
+    if toolkit is not None:
+        units["cuda_bindings.o"] = (
+            "csrc/cuda_bindings.cpp",
+            [*toolkit.defines, *PRIVATE_PYBIND11, *includes],
+        )
     for tier in tiers:
         defines = [f"-DTNT_TIER={tier.name}", f"-DTNT_TIER_{tier.name.upper()}=1"]
         for source in ("kernels", "gradients"):
@@ -200,21 +229,46 @@ def ninja_file(compiler: list[str], output: Path) -> str:
     for target, (source, flags) in units.items():
         lines.append(f"build {target}: compile {ninja_path(ROOT / source)}")
         lines.append(f"  flags = {ninja_command(flags)}")
-    lines.append(f"build {ninja_path(output)}: link {' '.join(units)}")
+    objects = list(units)
+    if toolkit is not None:
+        lines += cuda_lines(toolkit)
+        objects += cuda_objects()
+    lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def cuda_objects() -> dict[str, Path]:
+    """Every source of csrc/cuda by the object it becomes."""
+    return {f"{path.stem}_cuda.o": path for path in sorted(ROOT.glob("csrc/cuda/*.cu"))}
+
+
+def cuda_lines(toolkit: build_cuda.Toolkit) -> list[str]:
+    # nvcc compiles for several GPUs at once, and takes as many processors for one source.
+    threads = min(jobs(), len(toolkit.architectures) + 1)
+    command = ninja_command([toolkit.nvcc, *toolkit.flags, f"--threads={threads}"])
+    lines = [
+        "pool cuda",
+        f"  depth = {max(1, jobs() // threads)}",
+        "rule compile_cuda",
+        f"  command = {command} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  pool = cuda",
+        "  description = compile $out",
+    ]
+    return lines + [f"build {name}: compile_cuda {ninja_path(path)}" for name, path in cuda_objects().items()]
 
 
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        if tri_state("TNT_BUILD_CUDA"):
-            fail("TNT_BUILD_CUDA=1: this release has no CUDA kernels; unset it, or set it to 0")
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         wanted = tri_state("TNT_BUILD_CPU")
         compiler = None if wanted is False else find_compiler()
         if compiler is None:
             why = "TNT_BUILD_CPU=0" if wanted is False else "no C++ compiler found (CXX, c++, g++, clang++)"
-            if wanted:
-                fail(f"TNT_BUILD_CPU=1, but {why}")
+            for variable in ("TNT_BUILD_CPU", "TNT_BUILD_CUDA"):
+                if tri_state(variable):
+                    fail(f"{variable}=1, but {why}")
             say(f"{why}: installed without the native module, every op runs in plain PyTorch")
             output.unlink(missing_ok=True)  # of an earlier build
             return
@@ -226,7 +280,8 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         (folder / "exports.map").write_text("{ global: PyInit__native; local: *; };\n")
-        (folder / "build.ninja").write_text(ninja_file(compiler, output))
+        toolkit = find_toolkit(compiler)
+        (folder / "build.ninja").write_text(ninja_file(compiler, toolkit, output))
         if subprocess.run([ninja, "-C", str(folder), "-j", str(jobs())]).returncode:
             fail("the native module did not compile, see above; TNT_BUILD_CPU=0 installs without it")
 

@@ -1,4 +1,4 @@
-// The only file that knows Python: checks sizes, releases the GIL, calls the active tier.
+// Python's side of the CPU kernels: checks sizes, releases the GIL, calls the active tier.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -397,11 +397,17 @@ py::dict build_info() {
 #else
   info["openmp"] = "no: the kernels run on one thread";
 #endif
+#if !TNT_HAVE_CUDA
   info["cuda"] = "no";
+#endif
   return info;
 }
 
 }  // namespace
+
+#if TNT_HAVE_CUDA
+void bind_cuda(py::module_& native);  // cuda_bindings.cpp
+#endif
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native kernels of tnt_kernels. Pointers are integers; 0 means absent.";
@@ -463,4 +469,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("grad_bias"), py::arg("rows"), py::arg("d"), py::arg("eps"), py::arg("threads"));
   module.def("gelu_backward", &gelu_backward, py::arg("h"), py::arg("grad"), py::arg("out"), py::arg("dtype"),
              py::arg("grad_bias"), py::arg("rows"), py::arg("hidden"), py::arg("threads"));
+#if TNT_HAVE_CUDA
+  bind_cuda(module);
+#endif
 }

@@ -1,0 +1,20 @@
+#include "device.h"
+
+#include <cuda_runtime.h>
+
+namespace tnt {
+namespace cuda {
+
+namespace {
+
+__global__ void nothing() {}
+
+}  // namespace
+
+int probe() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, nothing);
+}
+
+}  // namespace cuda
+}  // namespace tnt
