@@ -136,7 +136,9 @@ def choose_architectures(wanted: str, known: set[int]) -> list[int]:
         elif re.fullmatch(r"(sm_)?\d{2,3}|\d{1,2}\.\d", name):
             found.add(int(name.removeprefix("sm_").replace(".", "")))
         else:
-            raise ValueError(f"TNT_CUDA_ARCHS={wanted}: {name} is none of native, 90, 9.0, sm_90 and the like")
+            raise ValueError(
+                f"TNT_CUDA_ARCHS={wanted}: {name} is none of native, 90, 9.0, sm_90 and the like"
+            )
     unknown = sorted(found - known)
     if unknown:
         raise ValueError(
@@ -177,11 +179,19 @@ def _try(toolkit: Toolkit, compiler: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "probe.cu"), Path(folder, "probe.o")
         source.write_text(PROBE)
-        for command in (
-            [toolkit.nvcc, *toolkit.host, *COMMON_FLAGS, *gpu_flags(toolkit.architectures[-1:])]
-            + ["-c", str(source), "-o", str(target)],
-            [*compiler, str(target), *toolkit.libraries, "-o", str(target.with_suffix(""))],
-        ):
+        newest = gpu_flags(toolkit.architectures[-1:])
+        compile_it = [
+            toolkit.nvcc,
+            *toolkit.host,
+            *COMMON_FLAGS,
+            *newest,
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+        ]
+        link_it = [*compiler, str(target), *toolkit.libraries, "-o", str(target.with_suffix(""))]
+        for command in (compile_it, link_it):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 lines = (done.stderr + done.stdout).splitlines()

@@ -2,8 +2,8 @@
 
 csrc/cpu/kernels.cpp and gradients.cpp are compiled once per SIMD tier, each time with its own -m flags.
 bindings.cpp and dispatch.cpp get no -m flag: they run before the processor's features are known.
-csrc/cuda is compiled where nvcc is found (build_cuda.py); the CUDA runtime is linked statically, so the module
-loads without a driver. docs/environment.md lists the variables that are read here.
+csrc/cuda is compiled where nvcc is found (build_cuda.py); the CUDA runtime is linked statically, so that the
+module loads without a driver. docs/environment.md lists the variables that are read here.
 """
 
 from __future__ import annotations

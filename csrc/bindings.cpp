@@ -397,9 +397,6 @@ py::dict build_info() {
 #else
   info["openmp"] = "no: the kernels run on one thread";
 #endif
-#if !TNT_HAVE_CUDA
-  info["cuda"] = "no";
-#endif
   return info;
 }
 

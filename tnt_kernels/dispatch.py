@@ -2,7 +2,8 @@
 
 ``TNT_BACKEND`` (read when the package is imported) or :func:`use_backend` force a backend; otherwise
 ``auto`` takes the fastest one that can run the call. ``reference`` is plain PyTorch: any device,
-any floating dtype, differentiable. ``cpu`` is the native module, ``triton`` the kernels for GPUs.
+any floating dtype, differentiable. ``cpu`` is the native module, ``cuda`` its kernels for NVIDIA GPUs (of
+pixel_embed alone), ``triton`` the kernels for GPUs.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from tnt_kernels import gpu, native
 
 __all__ = [
     "BACKENDS",
+    "backends_for",
     "can_run",
     "can_run_cpu",
     "can_run_triton",
     "choose",
-    "native_backend",
     "over_limits",
     "requested",
+    "requested_anywhere",
     "use_backend",
 ]
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # Fake and functional tensors stand for plain ones while a program is traced. Any other subclass
@@ -46,9 +48,13 @@ TRAINABLE = frozenset(
 # Operators with kernels for GPUs, and the limits of those: words in a sentence, channels of a word and of a
 # token. `linear` and `layer_norm` are those of the class token alone, which are PyTorch's own on a GPU.
 TRITON_OPS = frozenset(
-    {"add_layer_norm", "inner_attention", "inner_block", "inner_mlp", "outer_block", "word_to_sentence"}
-)
+    [
+        "add_layer_norm", "inner_attention", "inner_block", "inner_mlp", "outer_block", "pixel_embed",
+        "word_to_sentence",
+    ]
+)  # fmt: skip
 MAX_WORDS, MAX_INNER_DIM, MAX_OUTER_DIM, OUTER_DIM_STEP = 64, 64, 1024, 16
+CUDA_OPS = frozenset({"pixel_embed"})  # operators with CUDA kernels in the native module
 
 _override: ContextVar[str | None] = ContextVar("tnt_kernels_backend", default=None)
 # The same for traced code: Dynamo guards on a module's variables and not on context variables.
@@ -76,11 +82,19 @@ def requested() -> str:
     return name
 
 
+def requested_anywhere() -> str:
+    """Like :func:`requested`, but what another thread asks for holds where this one asks for nothing.
+
+    For operators, which autograd also runs in threads of its own.
+    """
+    return _override.get() or _traced_override or requested()
+
+
 class use_backend:
     """Context manager that forces a backend for the calls of this thread (or task) made inside it.
 
     Args:
-        name: "auto", "reference", "cpu" or "triton". A forced backend that cannot run a call raises
+        name: "auto", "reference", "cpu", "cuda" or "triton". A forced backend that cannot run a call raises
             RuntimeError with the reason; it never falls back.
 
     Functions compiled by torch.compile follow the choice too, and are compiled again when it changes;
@@ -131,12 +145,14 @@ def gradient_needed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def native_backend(tensors: Sequence[Tensor | None]) -> str:
-    """Returns the backend made for the device of the first tensor: "triton" for GPUs, otherwise "cpu"."""
+def backends_for(op: str, tensors: Sequence[Tensor | None]) -> tuple[str, ...]:
+    """Returns the backends made for the device of the first tensor, the fastest first."""
     for tensor in tensors:
         if tensor is not None:
-            return "triton" if getattr(tensor, "is_cuda", False) else "cpu"
-    return "cpu"
+            if not getattr(tensor, "is_cuda", False):
+                return ("cpu",)
+            return ("cuda", "triton") if op in CUDA_OPS else ("triton",)
+    return ("cpu",)
 
 
 def _no_backward(backend: str) -> str:
@@ -170,6 +186,8 @@ def _reason_of_call(
             return f"a tensor is on {tensor.device}, not on a GPU"
         if tensor.dtype not in DTYPES:
             return f"a tensor is of dtype {tensor.dtype}; float32, bfloat16 and float16 are supported"
+    if backend == "cuda" and op not in CUDA_OPS:
+        return f"the cuda backend has no kernel for {op}"
     return over_limits(op, tensors) if backend == "triton" else None
 
 
@@ -205,16 +223,16 @@ def _why_missing(backend: str, tensors: Sequence[Tensor | None]) -> str | None:
         return native.why_missing() if native.load() is None else None
     for tensor in tensors:
         if tensor is not None:
-            index = tensor.device.index
-            return gpu.why_unusable(0 if index is None else index)
+            index = tensor.device.index or 0
+            return gpu.why_no_cuda(index) if backend == "cuda" else gpu.why_unusable(index)
     return None
 
 
 def can_run(backend: str, op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str | None:
-    """Returns None when the backend, "cpu" or "triton", can run the call, otherwise why it cannot.
+    """Returns None when the backend, "cpu", "cuda" or "triton", can run the call, otherwise why it cannot.
 
     Args:
-        backend: "cpu" or "triton".
+        backend: "cpu", "cuda" or "triton".
         op: name of the operation.
         tensors: every tensor argument of the call; None for an absent one.
         needs_grad: whether autograd must record the call; None finds out from the tensors.
@@ -233,7 +251,7 @@ def can_run_triton(op: str, *tensors: Tensor | None, needs_grad: bool | None = N
 
 
 def choose(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> str:
-    """Returns the backend that runs the call: "cpu", "triton" or "reference".
+    """Returns the backend that runs the call: "cpu", "cuda", "triton" or "reference".
 
     Args:
         op: name of the operation, for messages.
@@ -246,14 +264,15 @@ def choose(op: str, *tensors: Tensor | None, needs_grad: bool | None = None) -> 
     wanted = requested()
     if wanted == "reference":
         return "reference"
-    backend = native_backend(tensors) if wanted == "auto" else wanted
-    reason = _reason_of_call(op, backend, tensors, needs_grad)
-    if reason is None:
-        reason = _why_missing(backend, tensors)
+    missing = None
+    for backend in backends_for(op, tensors) if wanted == "auto" else (wanted,):
+        reason = _reason_of_call(op, backend, tensors, needs_grad)
         if reason is None:
-            return backend
-        if wanted == "auto":
-            native.warn_once() if backend == "cpu" else gpu.warn_once(reason)
+            reason = missing = _why_missing(backend, tensors)
+            if reason is None:
+                return backend
     if wanted != "auto":
         raise RuntimeError(f"{op}: the {wanted} backend is forced but cannot run this call: {reason}")
+    if missing is not None:
+        native.warn_once() if backend == "cpu" else gpu.warn_once(missing)
     return "reference"

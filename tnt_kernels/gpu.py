@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run on a GPU, and why not.
+"""Whether the kernels of Triton, and those of CUDA in the native module, can run on a GPU, and why not.
 
 Nothing here imports Triton or touches a GPU before a tensor on one arrives. Without it every operation on
 the GPU runs on the reference path, and the first one that would have used a kernel says so, once.
@@ -12,7 +12,9 @@ import warnings
 
 import torch
 
-__all__ = ["OLDEST", "warn_once", "why_unusable"]
+from tnt_kernels import native
+
+__all__ = ["OLDEST", "warn_once", "why_no_cuda", "why_unusable"]
 
 OLDEST = (7, 5)  # compute capability of the oldest NVIDIA GPU that Triton supports
 
@@ -44,6 +46,40 @@ def _why_unusable(device: int) -> str | None:
     return None
 
 
+def why_no_cuda(device: int) -> str | None:
+    """Returns None when the native CUDA kernels can run on GPU number `device`, otherwise the reason."""
+    return _why_no_cuda(device)
+
+
+@functools.cache
+def _why_no_cuda(device: int) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    cuda = native.cuda()
+    if cuda is None:
+        return native.why_missing() or "the native module was built without CUDA kernels"
+    if torch.version.hip is not None:
+        return f"GPU {device} is not NVIDIA's"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not _has_code(cuda.architectures, major, minor):
+        return (
+            f"GPU {device} is of compute capability {major}.{minor}; the native module was built for "
+            f"{native.cuda_targets()}"
+        )
+    try:
+        with torch.cuda.device(device):
+            cuda.probe()
+    except RuntimeError as error:
+        return f"CUDA kernels cannot run on GPU {device} ({error})"
+    return None
+
+
+def _has_code(architectures: list[int], major: int, minor: int) -> bool:
+    """Whether kernels of these architectures, and of the last one's PTX, run on a compute capability."""
+    same = any(number // 10 == major and number % 10 <= minor for number in architectures)
+    return same or architectures[-1] <= major * 10 + minor
+
+
 _warned: set[str] = set()
 
 
@@ -59,4 +95,5 @@ def warn_once(reason: str) -> None:
 
 # Dynamo runs these while it traces, as it does native.warn_once.
 why_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

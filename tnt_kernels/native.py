@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  first: the native module must find torch's OpenMP runtime loaded
 
-__all__ = ["load", "warn_once", "why_missing"]
+__all__ = ["cuda", "cuda_targets", "load", "warn_once", "why_missing"]
 
 _HOW_TO_GET = "build it with `pip install .` in a checkout (a C++17 compiler is needed)"
 
@@ -57,6 +57,20 @@ def load() -> ModuleType | None:
 def why_missing() -> str | None:
     """Returns None when the native module is loaded, otherwise the reason why it is not."""
     return _reason
+
+
+def cuda() -> ModuleType | None:
+    """Returns the part of the native module for NVIDIA GPUs, or None where it was built without."""
+    return getattr(_module, "cuda", None)
+
+
+def cuda_targets() -> str:
+    """Returns the architectures that the CUDA kernels were compiled for, or "" where there are none."""
+    module = cuda()
+    if module is None:
+        return ""
+    newest = module.architectures[-1]
+    return f"{' '.join(f'sm_{number}' for number in module.architectures)}, PTX of sm_{newest} for later ones"
 
 
 def warn_once() -> None:

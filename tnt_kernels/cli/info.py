@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,12 @@ def _native() -> dict[str, Any]:
     if module is None:
         return {"loaded": False, "reason": native.why_missing(), "tier": None, "tiers": [], "build": {}}
     tiers = [{"name": name, "usable": not why, "reason": why} for name, why in module.tiers()]
-    return {"loaded": True, "reason": "", "tier": module.tier(), "tiers": tiers, "build": module.build_info()}
+    cuda = native.cuda()
+    build = {
+        **module.build_info(),
+        "cuda": "no" if cuda is None else f"{cuda.version}, kernels for {native.cuda_targets()}",
+    }
+    return {"loaded": True, "reason": "", "tier": module.tier(), "tiers": tiers, "build": build}
 
 
 def _backends() -> list[dict[str, Any]]:
@@ -68,8 +74,10 @@ def _backends() -> list[dict[str, Any]]:
                 why = dispatch.can_run_cpu("inner_block", torch.zeros(1)) or ""
             except ValueError as error:
                 why = str(error)
+        elif name == "cuda":
+            why = _why_not_on_gpus(gpu.why_no_cuda)
         elif name == "triton":
-            why = _why_no_triton()
+            why = _why_not_on_gpus(gpu.why_unusable)
         found.append({"name": name, "usable": not why, "reason": why})
     try:
         requested, problem = dispatch.requested(), ""
@@ -82,9 +90,9 @@ def _backends() -> list[dict[str, Any]]:
     return found
 
 
-def _why_no_triton() -> str:
+def _why_not_on_gpus(why: Callable[[int], str | None]) -> str:
     """Empty where a GPU can be used."""
-    reasons = [gpu.why_unusable(index) for index in range(torch.cuda.device_count())]
+    reasons = [why(index) for index in range(torch.cuda.device_count())]
     if None in reasons:
         return ""
     return reasons[0] if reasons and reasons[0] else "torch sees no GPU"

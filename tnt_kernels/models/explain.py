@@ -48,7 +48,7 @@ class PartReport:
     runs: (
         str  # the backend of its fused operation; "as written"; "error" where a forced backend cannot run it
     )
-    why: str  # why it does not run fused, or ""
+    why: str  # why it does not run fused, or not on a faster backend, or ""
 
     @property
     def fused(self) -> bool:
@@ -139,10 +139,13 @@ def _verdict(
     dtypes = {str(tensor.dtype) for tensor in tensors if tensor is not None and tensor.dim() > 1}
     if len(dtypes) > 1 and not fused.autocast(tensors[0]):
         return AS_WRITTEN, f"its weights are of several dtypes: {', '.join(sorted(dtypes))}"
-    runs = dispatch.native_backend(tensors) if backend == "auto" else backend
-    why = dispatch.can_run(runs, part.op, *tensors, needs_grad=needs_grad)
-    if why is None:
-        return runs, ""
+    against: dict[str, str] = {}
+    for runs in dispatch.backends_for(part.op, tensors) if backend == "auto" else (backend,):
+        found = dispatch.can_run(runs, part.op, *tensors, needs_grad=needs_grad)
+        if found is None:
+            return runs, "; ".join(f"not {name}: {reason}" for name, reason in against.items())
+        against[runs] = found
+    why = "; ".join(dict.fromkeys(against.values()))
     return (AS_WRITTEN, why) if backend == "auto" else (ERROR, f"the {backend} backend is forced: {why}")
 
 
