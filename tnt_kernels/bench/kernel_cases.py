@@ -7,6 +7,7 @@ A case is a line of CASES. Its tensors are on the device "meta"; the launchers t
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,12 +195,29 @@ def _outer_block(dtype: torch.dtype, d: int, heads: int, drop_path: bool = False
     }
 
 
+def _pixel_embed(
+    dtype: torch.dtype, c: int, legacy: bool = False, channels: int = 3, patch: int = 16, stride: int = 4
+) -> dict[str, Any]:
+    words = math.ceil(patch / stride) ** 2
+    return {
+        "image": _meta(TOKENS[0], channels, 14 * patch, 14 * patch, dtype=dtype),
+        "weight": _meta(c, channels, 7, 7, dtype=dtype),
+        "bias": _meta(c, dtype=dtype),
+        "position": _meta(1, words, c, dtype=dtype),
+        "patch_h": patch,
+        "patch_w": patch,
+        "stride": stride,
+        "legacy": legacy,
+    }
+
+
 ARGUMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "inner_block": _inner_block,
     "inner_attention": _inner_attention,
     "inner_mlp": _inner_mlp,
     "word_to_sentence": _word_to_sentence,
     "outer_block": _outer_block,
+    "pixel_embed": _pixel_embed,
 }
 OUTER = frozenset({"outer_block"})
 
@@ -230,6 +248,12 @@ CASES: tuple[KernelCase, ...] = (
     *_both("outer_block", d=384, heads=6),
     *_both("outer_block", d=640, heads=10),
     *_both("outer_block", d=384, heads=6, drop_path=True, odd=True),
+    *_both("pixel_embed", c=12),
+    *_both("pixel_embed", c=24),
+    *_both("pixel_embed", c=40),
+    *_both("pixel_embed", c=48),
+    *_both("pixel_embed", c=24, legacy=True, odd=True),
+    *_both("pixel_embed", c=70, channels=5, patch=14, stride=3, odd=True),
 )
 
 

@@ -19,24 +19,25 @@ from tnt_kernels.backends.triton.configs import config_of
 from tnt_kernels.backends.triton.runtime import architecture, contiguous, dot_precision, launch
 from tnt_kernels.dispatch import DTYPES
 
-__all__ = ["DEPTH", "geometry", "pixel_embed", "pixels", "place_of", "strides", "tile_width"]
+__all__ = ["DEPTH", "can_launch", "geometry", "pixel_embed", "pixels", "place_of", "strides", "tile_width"]
 
 DEPTH = 32  # pixels of a word that are read at a time
 _COLUMNS = 64  # channels in a tile, at most
+_MOST_WORDS = 2**31 - 1024  # so that they are counted in 32 bits
 
 
 @triton.jit
 def place_of(
-    row,  # [ROWS] words, int64
+    row,  # [ROWS] words
     PATCH_ROWS: tl.constexpr,  # of an image
     PATCH_COLUMNS: tl.constexpr,
     WORD_ROWS: tl.constexpr,  # of a patch
     WORD_COLUMNS: tl.constexpr,
 ):
     """The image of each word, row and column of its patch, its own row and column there."""
-    word = (row % (WORD_ROWS * WORD_COLUMNS)).to(tl.int32)
+    word = row % (WORD_ROWS * WORD_COLUMNS)
     sentence = row // (WORD_ROWS * WORD_COLUMNS)
-    patch = (sentence % (PATCH_ROWS * PATCH_COLUMNS)).to(tl.int32)
+    patch = sentence % (PATCH_ROWS * PATCH_COLUMNS)
     image = sentence // (PATCH_ROWS * PATCH_COLUMNS)
     return image, patch // PATCH_COLUMNS, patch % PATCH_COLUMNS, word // WORD_COLUMNS, word % WORD_COLUMNS
 
@@ -44,7 +45,7 @@ def place_of(
 @triton.jit
 def pixels(
     image_ptr,  # [batch, CHANNELS, height, width], any strides
-    row,  # [ROWS] words, int64
+    row,  # [ROWS] words
     inside,  # [ROWS] whether there is such a word
     k,  # [K] places in a window: channel, row, column
     batch_stride,
@@ -72,7 +73,9 @@ def pixels(
     height: tl.constexpr = PATCH_H * (PATCH_ROWS if LEGACY else 1)
     width: tl.constexpr = PATCH_W * (PATCH_COLUMNS if LEGACY else 1)
     corner = (
-        image * batch_stride + (top + y).to(tl.int64) * row_stride + (left + x).to(tl.int64) * column_stride
+        image.to(tl.int64) * batch_stride
+        + (top + y).to(tl.int64) * row_stride
+        + (left + x).to(tl.int64) * column_stride
     )
     if LEGACY:
         y += top
@@ -117,7 +120,7 @@ def _pixel_embed_kernel(
     T: tl.constexpr = weight_ptr.dtype.element_ty
     K: tl.constexpr = CHANNELS * KERNEL * KERNEL
     blocks = tl.cdiv(c, COLUMNS)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
@@ -138,7 +141,9 @@ def _pixel_embed_kernel(
     if position_ptr is not None:
         word = row % (WORD_ROWS * WORD_COLUMNS)
         acc += tl.load(position_ptr + word[:, None] * c + column[None, :], inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row[:, None] * c + column[None, :], acc.to(out_ptr.dtype.element_ty), inside)
+    tl.store(
+        out_ptr + row[:, None].to(tl.int64) * c + column[None, :], acc.to(out_ptr.dtype.element_ty), inside
+    )
 
 
 def geometry(
@@ -151,6 +156,16 @@ def geometry(
         "WORD_ROWS": triton.cdiv(patch_h, stride), "WORD_COLUMNS": triton.cdiv(patch_w, stride),
         "STRIDE": stride, "LEGACY": legacy,
     }  # fmt: skip
+
+
+def can_launch(
+    image: Tensor,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    words: int,  # of an image
+) -> bool:
+    """Whether the kernels can do it; other dtypes and sizes are left to plain PyTorch."""
+    return {image.dtype, dtype, out_dtype} <= DTYPES and image.shape[0] * words <= _MOST_WORDS
 
 
 def strides(image: Tensor) -> dict[str, int]:
@@ -177,7 +192,7 @@ def pixel_embed(
     n, m, c = _checks.check_pixel_embed(*tensors, *options, compute_dtype)
     out_dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
     dtype = image.dtype if compute_dtype is None else compute_dtype
-    if not {image.dtype, dtype, out_dtype} <= DTYPES:
+    if not can_launch(image, dtype, out_dtype, n * m):
         return reference.pixel_embed_in(*tensors, *options, compute_dtype)
     out = image.new_empty((image.shape[0] * n, m, c), dtype=out_dtype)
     if out.numel() == 0:

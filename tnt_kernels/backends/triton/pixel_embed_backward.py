@@ -18,6 +18,7 @@ from tnt_kernels.backends import reference
 from tnt_kernels.backends.triton.configs import config_of
 from tnt_kernels.backends.triton.pixel_embed import (
     DEPTH,
+    can_launch,
     geometry,
     pixels,
     place_of,
@@ -25,7 +26,6 @@ from tnt_kernels.backends.triton.pixel_embed import (
     tile_width,
 )
 from tnt_kernels.backends.triton.runtime import architecture, dot_precision, launch
-from tnt_kernels.dispatch import DTYPES
 
 __all__ = ["pixel_embed_backward"]
 
@@ -67,13 +67,13 @@ def _weight_kernel(
     column = block // blocks * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((COLUMNS, DEPTH), tl.float32)
     for tile in range(part, tl.cdiv(rows, ROWS), parts):
-        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        row = tile * ROWS + tl.arange(0, ROWS)
         window = pixels(
             image_ptr, row, row < rows, k, batch_stride, channel_stride, row_stride, column_stride, CHANNELS,
             KERNEL, PATCH_H, PATCH_W, PATCH_ROWS, PATCH_COLUMNS, WORD_ROWS, WORD_COLUMNS, STRIDE, LEGACY,
         )  # fmt: skip
         grad = tl.load(
-            grad_ptr + row[:, None] * c + column[None, :],
+            grad_ptr + row[:, None].to(tl.int64) * c + column[None, :],
             (row < rows)[:, None] & (column < c)[None, :],
             other=0.0,
         )  # [ROWS, COLUMNS]
@@ -113,7 +113,7 @@ def _image_kernel(
     tile = tl.program_id(0) // (STRIDE * STRIDE)
     blocks: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
     channel = tile % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    row = (tile // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tile // blocks * ROWS + tl.arange(0, ROWS)
     dy, dx = pixel // STRIDE, pixel % STRIDE
     image, patch_y, patch_x, word_y, word_x = place_of(
         row, PATCH_ROWS, PATCH_COLUMNS, WORD_ROWS, WORD_COLUMNS
@@ -141,7 +141,7 @@ def _image_kernel(
             for start in range(0, c, DEPTH):
                 column = start + tl.arange(0, DEPTH)
                 grad = tl.load(
-                    grad_ptr + source[:, None] * c + column[None, :],
+                    grad_ptr + source[:, None].to(tl.int64) * c + column[None, :],
                     reaches[:, None] & (column < c)[None, :],
                     other=0.0,
                 )  # [ROWS, DEPTH]
@@ -152,7 +152,9 @@ def _image_kernel(
                     other=0.0,
                 )  # [DEPTH, COLUMNS]
                 acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
-    line = (image[:, None] * CHANNELS + channel[None, :]) * HEIGHT + (patch_y * PATCH_H + y)[:, None]
+    line = (image[:, None].to(tl.int64) * CHANNELS + channel[None, :]) * HEIGHT + (patch_y * PATCH_H + y)[
+        :, None
+    ]
     at = line * WIDTH + (patch_x * PATCH_W + x)[:, None]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), inside[:, None] & (channel < CHANNELS)[None, :])
 
@@ -220,7 +222,7 @@ def pixel_embed_backward(
     shape = (image.shape[0] * n, m, c)
     _checks.check_gradient("pixel_embed_backward", grad, shape, out_dtype, image.device)
     dtype = image.dtype if compute_dtype is None else compute_dtype
-    if not {image.dtype, dtype, out_dtype} <= DTYPES:
+    if not can_launch(image, dtype, out_dtype, n * m):
         return COMPOSITES["pixel_embed_backward"](grad, needed, image, weight, *args)
     tensors = (image, weight, bias, position)
     wanted = [tensor if wants else None for wants, tensor in zip(needed, tensors, strict=True)]
