@@ -107,7 +107,7 @@ def _from_packages() -> Iterable[str]:
     folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     for folder in dict.fromkeys(folders):
         for path in sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"), reverse=True):
-            found = shutil.which(path)
+            found = shutil.which(str(path))
             if found is not None:
                 yield found
 
@@ -195,5 +195,5 @@ def _try(toolkit: Toolkit, compiler: list[str]) -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 lines = (done.stderr + done.stdout).splitlines()
-                errors = [line.strip() for line in lines if "error" in line.lower()] or ["no message"]
-                raise Unusable(f"{command[0]} fails on a small program: {errors[0]}")
+                telling = [line.strip() for line in lines if re.search("error|cannot find", line)]
+                raise Unusable(f"{command[0]} fails on a small program: {(telling or ['no message'])[0]}")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -14,94 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_builds import ROOT, build, compiled, make_small_tree, modules, output, run
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD_VARIABLES = (
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CXX",
-    "CXXFLAGS",
-    "LDFLAGS",
-    "MAX_JOBS",
-    "PYTHONPATH",
-    "TNT_BUILD_AMX_EMULATION",
-    "TNT_BUILD_CPU",
-    "TNT_BUILD_CUDA",
-    "TNT_SANITIZE",
-)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files and /proc")
-
-BINDINGS = """
-#include <pybind11/pybind11.h>
-#include <stdexcept>
-int run(int n);
-PYBIND11_MODULE(_native, m) { m.def("run", &run); }
-"""
-DISPATCH = """
-#include <stdexcept>
-#if defined(__AVX2__)
-#error the dispatcher has -m flags
-#endif
-namespace portable { int run(int n); }
-int run(int n) {
-  if (n < 0) throw std::invalid_argument("n is negative");
-  return portable::run(n);
-}
-"""
-KERNELS = """
-#include "increment.h"
-namespace TNT_TIER { int run(int n) { return n + INCREMENT; } }
-"""
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """This process's variables without those that steer a build, and without nvcc on PATH."""
-    kept = {k: v for k, v in os.environ.items() if k not in BUILD_VARIABLES}
-    folders = kept.get("PATH", os.defpath).split(os.pathsep)
-    kept["PATH"] = os.pathsep.join(folder for folder in folders if not Path(folder, "nvcc").exists())
-    return {**kept, **changes}
-
-
-def run(*command: str | Path, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment(**changes), capture_output=True, text=True
-    )
-
-
-def output(*command: str | Path, cwd: Path = ROOT, **changes: str) -> str:
-    result = run(*command, cwd=cwd, **changes)
-    assert result.returncode == 0, f"{command}:\n{result.stdout}\n{result.stderr}"
-    return result.stdout
-
-
-def build(tree: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, **changes)
-
-
-def compiled(result: subprocess.CompletedProcess[str]) -> set[str]:
-    assert result.returncode == 0, result.stdout + result.stderr
-    return set(re.findall(r"\] compile (\w+)\.o", result.stdout))
-
-
-def modules(tree: Path) -> list[Path]:
-    return sorted((tree / "tnt_kernels").glob("_native*.so"))
 
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> Path:
-    """The project's setup.py with sources that compile in a moment."""
-    tree = tmp_path / "a tree"  # with a blank, as in many home folders
-    (tree / "csrc/cpu").mkdir(parents=True)
-    (tree / "tnt_kernels").mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tnt_kernels/_version.py"):
-        shutil.copy(ROOT / name, tree / name)
-    (tree / "tnt_kernels/__init__.py").touch()
-    (tree / "csrc/bindings.cpp").write_text(BINDINGS)
-    (tree / "csrc/cpu/dispatch.cpp").write_text(DISPATCH)
-    (tree / "csrc/cpu/kernels.cpp").write_text(KERNELS)
-    (tree / "csrc/cpu/gradients.cpp").write_text("// compiled once per tier, like kernels.cpp\n")
-    (tree / "csrc/cpu/increment.h").write_text("#define INCREMENT 1\n")
-    return tree
+    return make_small_tree(tmp_path / "a tree")  # with a blank, as in many home folders
 
 
 def test_rebuild_compiles_what_changed(small_tree: Path) -> None:
@@ -153,7 +72,8 @@ def test_a_skipped_build_leaves_no_older_module(small_tree: Path) -> None:
     ("changes", "message"),
     [
         ({"TNT_BUILD_CPU": "1", "CXX": "no-such-compiler"}, "TNT_BUILD_CPU=1, but no C++ compiler found"),
-        ({"TNT_BUILD_CUDA": "1"}, "TNT_BUILD_CUDA=1"),
+        ({"TNT_BUILD_CUDA": "1"}, "TNT_BUILD_CUDA=1, but no nvcc found"),
+        ({"TNT_BUILD_CUDA": "1", "TNT_BUILD_CPU": "0"}, "TNT_BUILD_CUDA=1, but TNT_BUILD_CPU=0"),
         ({"TNT_BUILD_CUDA": "yes"}, "TNT_BUILD_CUDA=yes: must be 1"),
         ({"TNT_BUILD_CPU": "on"}, "TNT_BUILD_CPU=on: must be 1"),
         ({"MAX_JOBS": "0"}, "MAX_JOBS=0: must be a whole number, 1 or more"),
@@ -188,6 +108,13 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.extractall(folder, filter="data")
     (tree,) = folder.glob("tnt_kernels-*")
     return tree
+
+
+def test_source_distribution_has_what_a_build_needs(unpacked: Path) -> None:
+    needed = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert Path("csrc/cuda/pixel_embed.cu") in needed
+    for path in (*needed, Path("build_cuda.py"), Path("setup.py"), Path("tools/sanitize")):
+        assert (unpacked / path).read_bytes() == (ROOT / path).read_bytes(), path
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +178,7 @@ def test_symbols_of_the_native_module(installed: Path) -> None:
     undefined = output("nm", "-D", "--undefined-only", module)
     assert not re.search("torch|c10|_ZN2at", undefined)
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", module)))
-    system = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"}
+    system = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
     assert needed - system - {lib for lib in needed if lib.startswith("ld-linux")} <= {"libgomp.so.1"}
 
 
@@ -307,10 +234,13 @@ print(*pools)
     assert Path(pool).parent == Path(torch.__file__).parent / "lib"
 
 
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
+
+
 def source_files() -> list[Path]:
-    files = [ROOT / "setup.py"]
+    files = [ROOT / "setup.py", ROOT / "build_cuda.py"]
     for folder in ("tnt_kernels", "csrc", "benchmarks", "python", "tools"):
-        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
     return files
 
 
