@@ -29,7 +29,9 @@ template <int kPacked, class Register, class Unpack>
 TNT_DEVICE void multiply_by_lanes(float (&d)[4], const Register (&a)[4], const Register (&b)[2],
                                   Unpack unpack) {
   const int lane = threadIdx.x % kLanes, group = lane / 4, column = lane % 4 * 2;
+#pragma unroll
   for (int i = 0; i < 2; ++i)
+#pragma unroll 1
     for (int member = 0; member < 4; ++member) {
       const Register top = __shfl_sync(~0u, a[2 * i], group * 4 + member);
       const Register low = __shfl_sync(~0u, a[2 * i + 1], group * 4 + member);
@@ -82,34 +84,42 @@ struct Mma16 {
   static TNT_DEVICE B unpack_b(uint2 bits) { return {{bits.x, bits.y}}; }
 };
 
+// kInstruction: whether the GPU has one. If not, a product is long, and not worth unrolling.
+#if defined(TNT_MMA_BFLOAT16)
 template <>
 struct Mma<BFloat16> : Mma16<BFloat16> {
+  static constexpr bool kInstruction = true;
   static TNT_DEVICE void multiply(float (&d)[4], const A& a, const B& b) {
-#if defined(TNT_MMA_BFLOAT16)
     mma_bfloat16(d, a.r, b.r);
+  }
+};
 #else
+template <>
+struct Mma<BFloat16> : Mma16<BFloat16> {
+  static constexpr bool kInstruction = false;
+  static TNT_DEVICE void multiply(float (&d)[4], const A& a, const B& b) {
     multiply_by_lanes<2>(d, a.r, b.r, [](uint32_t bits, int j) {
       return as_float(j == 0 ? bits << 16 : bits & 0xffff0000u);
     });
-#endif
   }
 };
+#endif
 
 template <>
 struct Mma<Float16> : Mma16<Float16> {
-  static TNT_DEVICE void multiply(float (&d)[4], const A& a, const B& b) {
-#if defined(TNT_MMA_FLOAT16)
-    mma_float16(d, a.r, b.r);
-#else
-    (void)d, (void)a, (void)b;
-#endif
-  }
+  static constexpr bool kInstruction = true;
+  static TNT_DEVICE void multiply(float (&d)[4], const A& a, const B& b) { mma_float16(d, a.r, b.r); }
 };
 
 template <bool kOnce>
 struct Mma32 {
   typedef float Element;
   static constexpr int kDepth = 8;
+#if defined(TNT_TF32)
+  static constexpr bool kInstruction = true;
+#else
+  static constexpr bool kInstruction = false;
+#endif
 
   // x = high + low in TF32. An infinity stays whole in `high` and meets the high part of b alone: beside a
   // low part, of either sign, it would become NaN.

@@ -8,8 +8,7 @@ namespace tnt {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 4;       // per block; they share nothing
-constexpr int kPassTiles = 6;   // column tiles that one pass of pixel_embed_any_kernel takes
+constexpr int kWarps = 4;  // per block; they share nothing
 
 // Packed parameters: the operands b of all products, and what their sums start from.
 struct Packed {
@@ -142,13 +141,12 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   typedef FieldOperand<T> Operand;
   constexpr int kPatches = patches_of_a_warp<T>();
   constexpr int kField = Field::size(sizeof(Element));
-  extern __shared__ uint4 shared[];
 
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, c = static_cast<int>(args.c);
   const int first = (static_cast<int>(blockIdx.x) * kWarps + warp) * kPatches;
   if (first >= patches.total) return;
   const int count = patches.total - first < kPatches ? patches.total - first : kPatches;
-  uint4* mine = shared + warp * (warp_bytes / 16);
+  uint4* mine = shared_memory() + warp * (warp_bytes / 16);
   Element* field = reinterpret_cast<Element*>(mine);
 
   for (int p = 0; p < kPatches; ++p)
@@ -168,7 +166,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     }
   }
   const Element* window = field + Field::window(sizeof(Element), lane / 4) + Operand::first_column(lane);
-#pragma unroll
+#pragma unroll Mma<T>::kInstruction ? Operand::kSteps : 1
   for (int step = 0; step < Operand::kSteps; ++step) {
     typename Mma<T>::A a[kPatches];
 #pragma unroll
@@ -207,7 +205,6 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     float sums[kPassTiles][4] = {};
 #pragma unroll
     for (int tile = 0; tile < kPassTiles; ++tile) {
-      if (pass + tile >= packing.tiles) continue;
       const float4 start =
           __ldg(packed.words + (int64_t{word_tile} * packing.tiles + pass + tile) * kLanes + lane);
       sums[tile][0] = start.x;
@@ -227,8 +224,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
       });
 #pragma unroll
       for (int tile = 0; tile < kPassTiles; ++tile) {
-        if (pass + tile >= packing.tiles) continue;
-        const int64_t at = (int64_t{step} * packing.tiles + pass + tile) * kLanes + lane;
+          const int64_t at = (int64_t{step} * packing.tiles + pass + tile) * kLanes + lane;
         Mma<T>::multiply(sums[tile], a, Mma<T>::unpack_b(__ldg(packed.weight + at)));
       }
     }

@@ -44,6 +44,8 @@ inline bool can_stage_units(const PixelEmbed& a) {
 
 inline int depth(int compute_type) { return compute_type == kFloat32 ? 8 : 16; }
 
+constexpr int kPassTiles = 4;  // column tiles that the kernels of any shape take at a time
+
 // The weight as fragments b of the products, [steps, tiles, lanes], and the bias and position of each word
 // as fragments d, [word_tiles, tiles, lanes].
 struct Packing {
@@ -65,7 +67,7 @@ inline Packing packing(const PixelEmbed& a, bool field) {
   const Patches patches(a);
   const int inner = field ? Field::kWindowRows * 8 : patches.inputs;
   return {field, static_cast<int>(ceil_div(inner, depth(a.compute_type))),
-          field ? field_tiles(a.c) : static_cast<int>(ceil_div(a.c, 8)),
+          field ? field_tiles(a.c) : static_cast<int>(ceil_div(a.c, 8 * kPassTiles)) * kPassTiles,
           static_cast<int>(ceil_div(patches.m, 16))};
 }
 

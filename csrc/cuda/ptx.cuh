@@ -61,9 +61,6 @@ TNT_DEVICE uint32_t floats_to_bfloat16s(float low, float high) {
 #define TNT_TF32 1
 #define TNT_MMA_BFLOAT16 1
 #endif
-#if __CUDA_ARCH__ >= 750
-#define TNT_MMA_FLOAT16 1
-#endif
 
 #if defined(TNT_TF32)
 TNT_DEVICE float round_to_tf32(float x) {
@@ -89,7 +86,6 @@ TNT_DEVICE void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
-#if defined(TNT_MMA_FLOAT16)
 TNT_DEVICE void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -103,7 +99,12 @@ TNT_DEVICE void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_
         : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
 #endif
 }
-#endif
+
+// What a launch asked for.
+TNT_DEVICE uint4* shared_memory() {
+  extern __shared__ uint4 shared[];
+  return shared;
+}
 
 // Streams through the caches: image data is read once.
 TNT_DEVICE uint4 load_stream(const uint4* from) {
