@@ -164,3 +164,50 @@ def test_forward(kernels: ctypes.CDLL, case: Case, compute: torch.dtype) -> None
     arguments = case.arguments(compute, compute)
     got = run(kernels, case, arguments, compute)
     assert_close(got, exact(case, arguments, compute), TOLERANCE[compute])
+
+
+def run_backward(
+    library: ctypes.CDLL,
+    case: Case,
+    arguments: list[Tensor],
+    grad: Tensor,
+    compute: torch.dtype,
+    image_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """Gradients of the image, weight, bias and position."""
+    image, *parameters = arguments
+    grads = [torch.full(t.shape, float("nan"), dtype=torch.float32) for t in parameters]
+    grads.insert(0, torch.full(image.shape, float("nan"), dtype=image_dtype or image.dtype))
+    call = call_of(case, arguments, grad, compute, **options)
+    gradients = Gradients(
+        pointer(grad), TYPES[grad.dtype], pointer(grads[0]), TYPES[grads[0].dtype], *map(pointer, grads[1:])
+    )
+    size = library.backward_workspace(ctypes.byref(call), ctypes.byref(gradients))
+    workspace = guarded(size)
+    pointers = ctypes.byref(call), ctypes.byref(gradients), c_void_p(workspace.data_ptr())
+    assert library.backward(*pointers) == 0
+    assert (workspace[size:] == 0xA5).all()
+    return grads
+
+
+def exact_backward(case: Case, arguments: list[Tensor], grad: Tensor, compute: torch.dtype) -> list[Tensor]:
+    image, weight, bias, position = (
+        t.detach().to(dtype).double().requires_grad_()
+        for t, dtype in zip(arguments, (compute, compute, torch.float64, torch.float64), strict=True)
+    )
+    out = reference.pixel_embed(image, weight, bias, position, *case.options())
+    return list(torch.autograd.grad(out, (image, weight, bias, position), grad.double()))
+
+
+@pytest.mark.parametrize("compute", DTYPES)
+@pytest.mark.parametrize("case", FIELDS + OTHERS)
+def test_backward(kernels: ctypes.CDLL, case: Case, compute: torch.dtype) -> None:
+    arguments = case.arguments(compute, compute)
+    n = case.grid[0] * case.grid[1]
+    grad = randn(case.batch * n, case.words(), case.c, dtype=compute)
+    got = run_backward(kernels, case, arguments, grad, compute)
+    wanted = exact_backward(case, arguments, grad, compute)
+    tolerances = (TOLERANCE[compute], 1e-5, 1e-5, 1e-5)  # gradients of parameters stay float32
+    for g, w, tolerance in zip(got, wanted, tolerances, strict=True):
+        assert_close(g, w, tolerance)

@@ -63,14 +63,16 @@ struct Mma16 {
     uint32_t r[2];
   };
 
-  // From f(row, k), its elements as floats.
+  static TNT_DEVICE uint32_t pair(T low, T high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; }
+
+  // From f(row, k), its elements.
   template <class F>
   static TNT_DEVICE A make_a(int lane, F f) {
     A a;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
-      a.r[i] = Numbers<T>::pair(f(row, k), f(row, k + 1));
+      a.r[i] = pair(f(row, k), f(row, k + 1));
     }
     return a;
   }
@@ -78,8 +80,7 @@ struct Mma16 {
   template <class F>
   static TNT_DEVICE uint2 pack_b(int lane, F f) {
     const int k = lane % 4 * 2, column = lane / 4;
-    return {Numbers<T>::pair(f(k, column), f(k + 1, column)),
-            Numbers<T>::pair(f(k + 8, column), f(k + 9, column))};
+    return {pair(f(k, column), f(k + 1, column)), pair(f(k + 8, column), f(k + 9, column))};
   }
   static TNT_DEVICE B unpack_b(uint2 bits) { return {{bits.x, bits.y}}; }
 };

@@ -46,6 +46,19 @@ TNT_DEVICE float load_as_float(const void* from, int type, int64_t i) {
   return type == kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
 }
 
+// Four elements from element i on, which is a multiple of four.
+TNT_DEVICE float4 load_four(const void* from, int type, int64_t i) {
+  if (type == kFloat32) return __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(from) + i));
+  const uint2 two = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + i));
+  const uint16_t bits[4] = {static_cast<uint16_t>(two.x), static_cast<uint16_t>(two.x >> 16),
+                            static_cast<uint16_t>(two.y), static_cast<uint16_t>(two.y >> 16)};
+  if (type == kBFloat16)
+    return {to_float(BFloat16{bits[0]}), to_float(BFloat16{bits[1]}), to_float(BFloat16{bits[2]}),
+            to_float(BFloat16{bits[3]})};
+  return {to_float(Float16{bits[0]}), to_float(Float16{bits[1]}), to_float(Float16{bits[2]}),
+          to_float(Float16{bits[3]})};
+}
+
 TNT_DEVICE void store_float(void* to, int type, int64_t i, float x) {
   if (type == kFloat32)
     static_cast<float*>(to)[i] = x;

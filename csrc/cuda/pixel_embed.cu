@@ -25,6 +25,7 @@ template <class T>
 __global__ void __launch_bounds__(128)
     pack_kernel(const PixelEmbed args, const Patches patches, const Packing packing, uint2* weight,
                 float4* words) {
+  typedef Numbers<typename Mma<T>::Element> N;
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(i % kLanes), c = static_cast<int>(args.c);
   const int tile = static_cast<int>(i / kLanes % packing.tiles);
@@ -33,8 +34,9 @@ __global__ void __launch_bounds__(128)
     weight[i] = Mma<T>::pack_b(lane, [&](int k, int column) {
       const int place = static_cast<int>(step) * Mma<T>::kDepth + k, channel = tile * kColumns + column;
       const int tap = packing.field ? Field::tap(place) : place < patches.inputs ? place : -1;
-      if (tap < 0 || channel >= c) return 0.0f;
-      return load_as_float(args.weight, args.weight_type, int64_t{channel} * patches.inputs + tap);
+      if (tap < 0 || channel >= c) return N::from_float(0.0f);
+      const int64_t at = int64_t{channel} * patches.inputs + tap;
+      return N::from_float(load_as_float(args.weight, args.weight_type, at));
     });
   if (step >= packing.word_tiles) return;
   float start[4];
@@ -190,7 +192,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
 
 // Any shape: operands are gathered from the image, results stored one by one.
 template <class T>
-__global__ void __launch_bounds__(kWarps* kLanes)
+__global__ void __launch_bounds__(kWarps* kLanes, 6)
     pixel_embed_any_kernel(const PixelEmbed args, const Patches patches, const Packing packing,
                            const Packed packed) {
   const int lane = threadIdx.x % kLanes, c = static_cast<int>(args.c);
@@ -199,7 +201,6 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   const int word_tile = static_cast<int>(job % packing.word_tiles);
   if (number >= patches.total) return;
   const Patch patch = patches.at(number);
-  const Normal normal{args.scale, args.shift};
 
   for (int pass = 0; pass < packing.tiles; pass += kPassTiles) {
     float sums[kPassTiles][4] = {};
@@ -216,11 +217,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     for (int step = 0; step < packing.steps; ++step) {
       const auto a = Mma<T>::make_a(lane, [&](int row, int k) {
         const int word = word_tile * kRows + row, tap = step * Mma<T>::kDepth + k;
-        if (word >= patches.m || tap >= patches.inputs) return 0.0f;
-        const Pixel pixel = patches.pixel(patch, word, tap);
-        if (!pixel.inside) return 0.0f;
-        const int64_t at = patches.offset(patch, pixel.channel, pixel.row, pixel.column);
-        return normal(load_as_float(args.image, args.image_type, at), pixel.channel);
+        return gather<typename Mma<T>::Element>(args, patches, patch, word, tap);
       });
 #pragma unroll
       for (int tile = 0; tile < kPassTiles; ++tile) {

@@ -23,6 +23,7 @@ inline bool is_valid(const PixelEmbed& a) {
   const int64_t words = ceil_div(a.patch_h, a.stride) * ceil_div(a.patch_w, a.stride);
   if (a.kernel > 4096 || a.channels > kMost / 64 / a.kernel / a.kernel || a.c > kMost / 64) return false;
   if (a.patch_h > kMost / 64 / a.patch_w || words > kMost / 64 / a.c) return false;
+  if (a.height > kMost / a.width) return false;
   const int64_t per_image = (a.height / a.patch_h) * (a.width / a.patch_w);
   if (per_image > kMost || a.batch > kMost / per_image || a.batch * per_image > kMost / ceil_div(words, 16))
     return false;

@@ -1,4 +1,4 @@
-// Brings a patch from the image into shared memory, as a Field of the type that the products take. One warp.
+// Reads images, as the type that the products take: a patch into shared memory, or a pixel at a time.
 #pragma once
 
 #include "numbers.cuh"
@@ -106,7 +106,7 @@ TNT_DEVICE void stage_as(const PixelEmbed& args, const Patches& patches, const P
     stage_pixels(patches, patch, image, normal, lane, field);
 }
 
-// `units`: see can_stage_units.
+// A patch of TNT's own shape into a Field, by one warp. `units`: see can_stage_units.
 template <class T>
 TNT_DEVICE void stage(const PixelEmbed& args, const Patches& patches, const Patch& patch, bool units,
                       int lane, T* field) {
@@ -118,6 +118,17 @@ TNT_DEVICE void stage(const PixelEmbed& args, const Patches& patches, const Patc
     stage_as<Float16>(args, patches, patch, units, lane, field);
   else
     stage_as<uint8_t>(args, patches, patch, units, lane, field);
+}
+
+// What a word of any patch sees at a tap; zero where there is no such word or tap.
+template <class T>
+TNT_DEVICE T gather(const PixelEmbed& args, const Patches& patches, const Patch& patch, int word, int tap) {
+  if (word >= patches.m || tap >= patches.inputs) return Numbers<T>::from_float(0.0f);
+  const Pixel pixel = patches.pixel(patch, word, tap);
+  if (!pixel.inside) return Numbers<T>::from_float(0.0f);
+  const int64_t at = patches.offset(patch, pixel.channel, pixel.row, pixel.column);
+  const Normal normal{args.scale, args.shift};
+  return Numbers<T>::from_float(normal(load_as_float(args.image, args.image_type, at), pixel.channel));
 }
 
 }  // namespace cuda
