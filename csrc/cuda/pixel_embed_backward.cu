@@ -76,7 +76,7 @@ struct GradientShape {
 };
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Mma<T>::kDepth == 16 ? 3 : 2)
     weight_gradient_kernel(const PixelEmbed args, const Patches patches, const void* grad, int grad_type,
                            bool units, Slices slices, float* sums) {
   typedef GradientShape<T, kTiles> Shape;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
     for (int p = 0; p < kWarps && first + p < end; ++p) {
       const Element *field = shared + p * Shape::kPatch, *words = field + Shape::kField;
-#pragma unroll Mma<T>::kInstruction ? kRows / Mma<T>::kDepth : 1
+#pragma unroll 1
       for (int word = 0; word < kRows; word += Mma<T>::kDepth) {
         uint2 b[kTiles];
 #pragma unroll

@@ -6,6 +6,7 @@
 // run in the opposite order: a result that changes shows a race.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -51,9 +52,11 @@ constexpr int kLanes = 32;
   abort();
 }
 
+// Stacks last: to make them anew for every block takes most of the time. Nor do fibers change places by
+// swapcontext, which asks the kernel for the signal mask: only their first entry does.
 struct Thread {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(256 * 1024);
+  jmp_buf place;
+  bool started = false;
   const char* waits_at = nullptr;  // the name of the barrier that it has reached
   bool of_block = false;           // the barrier is the block's, not the warp's
   bool done = false;
@@ -63,8 +66,15 @@ struct Warp {
   uint32_t a[kLanes][4], b[kLanes][2];  // what lanes show each other
 };
 
+constexpr size_t kStack = 64 * 1024;
+inline char* stack(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStack]);
+  return stacks[thread].get();
+}
+
 struct Block {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   int current = 0;
@@ -88,14 +98,29 @@ inline void wait(const char* name, bool of_block = false) {
   Thread& t = b->threads[static_cast<size_t>(b->current)];
   t.waits_at = name;
   t.of_block = of_block;
-  swapcontext(&t.context, &b->scheduler);
+  if (_setjmp(t.place) == 0) _longjmp(b->scheduler, 1);
 }
 
 inline void enter() {
   Block* b = block();
   b->body();
   b->threads[static_cast<size_t>(b->current)].done = true;
-  setcontext(&b->scheduler);
+  _longjmp(b->scheduler, 1);
+}
+
+// Runs a thread until it waits or is done.
+inline void resume(Block& b) {
+  Thread& t = b.threads[static_cast<size_t>(b.current)];
+  if (_setjmp(b.scheduler) != 0) return;
+  if (t.started) _longjmp(t.place, 1);
+  t.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack(static_cast<size_t>(b.current));
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
 }
 
 // Threads [first, end) go on if all that are not done wait at the same place; `all` must not have left.
@@ -133,22 +158,15 @@ inline void emulator::run_block(int threads, const std::function<void()>& body) 
   b.warps.resize(static_cast<size_t>((threads + kLanes - 1) / kLanes));
   b.body = body;
   block() = &b;
-  for (Thread& t : b.threads) {
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data();
-    t.context.uc_stack.ss_size = t.stack.size();
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, enter, 0);
-  }
   for (bool left = true; left;) {
     left = false;
     bool moved = false;
     for (int i = 0; i < threads; ++i) {
       b.current = backwards() ? threads - 1 - i : i;
-      Thread& t = b.threads[static_cast<size_t>(b.current)];
+      const Thread& t = b.threads[static_cast<size_t>(b.current)];
       if (t.done || t.waits_at != nullptr) continue;
       threadIdx.x = static_cast<unsigned>(b.current);
-      swapcontext(&b.scheduler, &t.context);
+      resume(b);
       moved = true;
     }
     for (int first = 0; first < threads; first += kLanes)
