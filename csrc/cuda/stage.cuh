@@ -1,0 +1,135 @@
+// Reads images, as the type that the products take: a patch into shared memory, or a pixel at a time.
+#pragma once
+
+#include "numbers.cuh"
+
+namespace tnt {
+namespace cuda {
+
+// Eight elements in a row of shared memory, at a multiple of eight.
+TNT_DEVICE void store_unit(float* to, const float (&x)[8]) {
+  uint4* v = reinterpret_cast<uint4*>(to);
+  v[0] = {as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])};
+  v[1] = {as_bits(x[4]), as_bits(x[5]), as_bits(x[6]), as_bits(x[7])};
+}
+template <class T>
+TNT_DEVICE void store_unit(T* to, const float (&x)[8]) {
+  typedef Numbers<T> N;
+  *reinterpret_cast<uint4*>(to) = {N::pair(x[0], x[1]), N::pair(x[2], x[3]), N::pair(x[4], x[5]),
+                                   N::pair(x[6], x[7])};
+}
+
+// Eight pixels that lie together, aligned to 16 bytes, those of uint8 to 8.
+TNT_DEVICE void load_unit(const float* from, float (&x)[8]) {
+  const uint4* v = reinterpret_cast<const uint4*>(from);
+  const uint4 a = load_stream(v), b = load_stream(v + 1);
+  const uint32_t bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = as_float(bits[i]);
+}
+TNT_DEVICE void load_unit(const uint8_t* from, float (&x)[8]) {
+  const uint2 a = load_stream(reinterpret_cast<const uint2*>(from));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = static_cast<float>((i < 4 ? a.x : a.y) >> i % 4 * 8 & 0xff);
+}
+template <class T>
+TNT_DEVICE void load_unit(const T* from, float (&x)[8]) {
+  const uint4 a = load_stream(reinterpret_cast<const uint4*>(from));
+  const uint32_t bits[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    x[i] = to_float(T{static_cast<uint16_t>(i % 2 == 0 ? bits[i / 2] & 0xffff : bits[i / 2] >> 16)});
+}
+
+// Pixel values as the convolution takes them.
+struct Normal {
+  const float *scale, *shift;  // [channels] or null
+
+  TNT_DEVICE float operator()(float x, int channel) const {
+    return scale == nullptr ? x : x * __ldg(scale + channel) + __ldg(shift + channel);
+  }
+};
+
+// Rows that lie together: whole units, zeros beyond what the patch sees.
+template <class Image, class T>
+TNT_DEVICE void stage_units(const Patches& patches, const Patch& patch, const Image* image, Normal normal,
+                            int lane, T* field) {
+#pragma unroll
+  for (int first = 0; first < Field::kAllUnits; first += kLanes) {
+    const int unit = first + lane;
+    if (unit >= Field::kAllUnits) break;
+    const int channel = unit / (Field::kRows * Field::kUnits);
+    const int row = unit / Field::kUnits % Field::kRows - Field::kAbove;
+    const int column = unit % Field::kUnits * Field::kUnit - Field::kLeft;
+    float x[8] = {};
+    if (patches.sees(patch, row, column)) {
+      load_unit(image + patches.offset(patch, channel, row, column), x);
+      if (normal.scale != nullptr)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = normal(x[i], channel);
+    }
+    store_unit(field + Field::at(sizeof(T), channel, row, column), x);
+  }
+}
+
+// Any strides: pixel by pixel, in the order in which they lie.
+template <class Image, class T>
+TNT_DEVICE void stage_pixels(const Patches& patches, const Patch& patch, const Image* image, Normal normal,
+                             int lane, T* field) {
+  const float zeros[8] = {};
+  for (int unit = lane; unit < Field::size(sizeof(T)) / Field::kUnit; unit += kLanes)
+    store_unit(field + unit * Field::kUnit, zeros);
+  __syncwarp();
+  const int before = patches.legacy ? Field::kAbove : 0, side = Field::kPatch + before;
+  const bool channels_last = patches.strides[1] < patches.strides[3];
+#pragma unroll 4
+  for (int i = lane; i < Field::kChannels * side * side; i += kLanes) {
+    const int line = i / side, inner = i % side;
+    const int channel = channels_last ? i % Field::kChannels : line / side;
+    const int column = (channels_last ? i / Field::kChannels % side : inner) - before;
+    const int row = (channels_last ? line / Field::kChannels : line % side) - before;
+    if (!patches.sees(patch, row, column)) continue;
+    const Image pixel = image[patches.offset(patch, channel, row, column)];
+    field[Field::at(sizeof(T), channel, row, column)] =
+        Numbers<T>::from_float(normal(to_float(pixel), channel));
+  }
+}
+
+template <class Image, class T>
+TNT_DEVICE void stage_as(const PixelEmbed& args, const Patches& patches, const Patch& patch, bool units,
+                         int lane, T* field) {
+  const Image* image = static_cast<const Image*>(args.image);
+  const Normal normal{args.scale, args.shift};
+  if (units)
+    stage_units(patches, patch, image, normal, lane, field);
+  else
+    stage_pixels(patches, patch, image, normal, lane, field);
+}
+
+// A patch of TNT's own shape into a Field, by one warp. `units`: see can_stage_units.
+template <class T>
+TNT_DEVICE void stage(const PixelEmbed& args, const Patches& patches, const Patch& patch, bool units,
+                      int lane, T* field) {
+  if (args.image_type == kFloat32)
+    stage_as<float>(args, patches, patch, units, lane, field);
+  else if (args.image_type == kBFloat16)
+    stage_as<BFloat16>(args, patches, patch, units, lane, field);
+  else if (args.image_type == kFloat16)
+    stage_as<Float16>(args, patches, patch, units, lane, field);
+  else
+    stage_as<uint8_t>(args, patches, patch, units, lane, field);
+}
+
+// What a word of any patch sees at a tap; zero where there is no such word or tap.
+template <class T>
+TNT_DEVICE T gather(const PixelEmbed& args, const Patches& patches, const Patch& patch, int word, int tap) {
+  if (word >= patches.m || tap >= patches.inputs) return Numbers<T>::from_float(0.0f);
+  const Pixel pixel = patches.pixel(patch, word, tap);
+  if (!pixel.inside) return Numbers<T>::from_float(0.0f);
+  const int64_t at = patches.offset(patch, pixel.channel, pixel.row, pixel.column);
+  const Normal normal{args.scale, args.shift};
+  return Numbers<T>::from_float(normal(load_as_float(args.image, args.image_type, at), pixel.channel));
+}
+
+}  // namespace cuda
+}  // namespace tnt
