@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ USABLE_TIERS = [name for name, why in _tiers() if not why]
 
 
 TESTS = Path(__file__).resolve().parent
+NVCC = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _left_out: dict[str, str] = {}  # what was met and not collected, and why
 
@@ -47,6 +49,8 @@ def _why_left_out(path: Path) -> str | None:
         return None if INTERPRETING else "run them with TRITON_INTERPRET=1 pytest tests/interpreter"
     if INTERPRETING:
         return "every kernel is interpreted, under TRITON_INTERPRET=1"
+    if path.name == "test_nvcc.py" and not NVCC:
+        return "no nvcc on PATH or in CUDA_HOME"
     if path.name == "compile" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if path.name == "gpu" and not torch.cuda.is_available():

@@ -6,7 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
-from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +116,9 @@ def guarded(size: int) -> Tensor:
     return torch.full((size + 64,), 0xA5, dtype=torch.uint8)
 
 
-def run(library: ctypes.CDLL, case: Case, arguments: list[Tensor | None], compute: torch.dtype, **options: Any):
+def run(
+    library: ctypes.CDLL, case: Case, arguments: list[Tensor | None], compute: torch.dtype, **options: Any
+):
     out_dtype = options.pop("out_dtype", compute)
     n = case.grid[0] * case.grid[1]
     out = torch.full((case.batch * n, case.words(), case.c), float("nan"), dtype=out_dtype)
@@ -131,7 +133,9 @@ def run(library: ctypes.CDLL, case: Case, arguments: list[Tensor | None], comput
 def exact(case: Case, arguments: list[Tensor | None], compute: torch.dtype) -> Tensor:
     """In float64, of operands rounded as the products take them."""
     image, weight, bias, position = arguments
-    wide = [None if t is None else t.double() for t in (image.to(compute), weight.to(compute), bias, position)]
+    wide = [
+        None if t is None else t.double() for t in (image.to(compute), weight.to(compute), bias, position)
+    ]
     return reference.pixel_embed(*wide, *case.options())
 
 
