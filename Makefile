@@ -18,6 +18,7 @@ train-demo: $(VENV)/.programs native
 # A machine that cannot build the kernels, or a test that did not run, fails the run.
 test: export TNT_BUILD_AMX_EMULATION = 1
 test: export TNT_BUILD_CPU = 1
+test: export TNT_CUDA_ARCHS ?= 90
 test: $(VENV)/.test native
 	$(BIN)/python -m pytest -rs --no-skips
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -rs --no-skips tests/interpreter
@@ -28,13 +29,13 @@ bench: $(VENV)/.bench native
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(BIN)/mypy
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 sanitize: $(VENV)/.test
 	PYTHON=$(BIN)/python tools/sanitize

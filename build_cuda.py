@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ def find_nvcc() -> str:
     return found
 
 
-def _from_packages() -> Iterable[str]:
+def _from_packages() -> Iterator[str]:
     """nvcc of the package nvidia-cuda-nvcc, in this environment or the one that pip builds for."""
     folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     for folder in dict.fromkeys(folders):

@@ -87,7 +87,7 @@ def pixel_embed(
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
     parameters, options = (weight, bias, position), (patch_h, patch_w, stride, legacy)
-    n, m, c = _checks.check_pixel_embed(image, *parameters, *options, compute_dtype)
+    n, m, c = _checks.check_pixel_embed(image, weight, bias, position, *options, compute_dtype)
     out_dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
     if not _runs(image, out_dtype):
         return triton.launcher("pixel_embed")(image, *parameters, *options, compute_dtype)
@@ -116,7 +116,7 @@ def pixel_embed_backward(
     compute_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     parameters, options = (weight, bias, position), (patch_h, patch_w, stride, legacy)
-    n, m, c = _checks.check_pixel_embed(image, *parameters, *options, compute_dtype)
+    n, m, c = _checks.check_pixel_embed(image, weight, bias, position, *options, compute_dtype)
     out_dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
     _checks.check_gradient("pixel_embed_backward", grad, (image.shape[0] * n, m, c), out_dtype, image.device)
     if not _runs(image, out_dtype):
