@@ -835,6 +835,10 @@ def test_explain_of_a_model_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(gpu, "why_unusable", lambda index: None)
     assert ("inner half", "triton", "") in runs()
+    monkeypatch.setattr(gpu, "why_no_cuda", lambda index: "built without CUDA")
+    assert ("pixel embedding", "triton", "not cuda: built without CUDA") in runs()
+    monkeypatch.setattr(gpu, "why_no_cuda", lambda index: None)
+    assert ("pixel embedding", "cuda", "") in runs()
     assert not {part for part in runs() if part[1] == "cpu"}
     monkeypatch.setattr(gpu, "why_unusable", lambda index: "Triton cannot be imported")
     assert ("inner half", "as written", "Triton cannot be imported") in runs()

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import OPS, arguments, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tnt_kernels import dispatch, native, ops
-from tnt_kernels.dispatch import can_run_cpu, choose, requested, use_backend
+from tnt_kernels import dispatch, gpu, native, ops
+from tnt_kernels.dispatch import can_run_cpu, choose, requested, requested_anywhere, use_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +78,81 @@ def test_forcing() -> None:
         with use_backend("auto"):
             assert requested() == "auto"
         assert requested() == "cpu"
+
+
+@pytest.mark.parametrize("op", ["pixel_embed", "inner_block"])
+def test_backends_of_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernels go before Triton's; each reason against one lets the next have the call."""
+    reasons: dict[str, str | None] = {"cuda": None, "triton": None}
+    monkeypatch.setattr(gpu, "why_no_cuda", lambda index: reasons["cuda"])
+    monkeypatch.setattr(gpu, "why_unusable", lambda index: reasons["triton"])
+    with FakeTensorMode():
+        x = torch.empty(1, 3, 16, device="cuda")
+    with torch.no_grad():
+        assert choose(op, x) == ("cuda" if op == "pixel_embed" else "triton")
+        with use_backend("triton"):
+            assert choose(op, x) == "triton"
+        reasons["cuda"] = "built without"
+        assert choose(op, x) == "triton"
+        with (
+            use_backend("cuda"),
+            pytest.raises(RuntimeError, match=r"built without|no kernel for inner_block"),
+        ):
+            choose(op, x)
+        reasons["triton"] = f"no Triton for {op}"
+        with pytest.warns(RuntimeWarning, match=f"no Triton for {op}"):
+            assert choose(op, x) == "reference"
+
+
+def test_what_any_thread_asks_for() -> None:
+    found: list[str] = []
+    with use_backend("triton"):
+        thread = threading.Thread(target=lambda: found.append(requested_anywhere()))
+        thread.start()
+        thread.join()
+        with use_backend("cuda"):
+            assert requested_anywhere() == "cuda"
+    assert found == ["triton"]
+    assert requested_anywhere() == requested()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ([75, 80, 86, 120], (8, 9), True),
+        ([75, 80, 86, 120], (8, 0), True),
+        ([86], (8, 0), False),
+        ([75, 120], (9, 0), False),
+        ([75, 90], (9, 0), True),
+        ([75, 90], (12, 1), True),  # by PTX
+        ([100, 120], (10, 3), True),
+        ([80], (7, 5), False),
+    ],
+)
+def test_gpus_that_a_build_serves(architectures: list[int], capability: tuple[int, int], runs: bool) -> None:
+    assert gpu._has_code(architectures, *capability) == runs
+
+
+def test_why_cuda_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    why, built = gpu._why_no_cuda.__wrapped__, SimpleNamespace(architectures=[80, 90])
+    assert torch.cuda.is_available() or why(0) == "torch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(native, "cuda", lambda: None)
+    assert why(0) == (native.why_missing() or "the native module was built without CUDA kernels")
+    monkeypatch.setattr(native, "cuda", lambda: built)
+    targets = "sm_80 sm_90, PTX of sm_90 for later ones"
+    assert why(0) == f"GPU 0 is of compute capability 7.5; the native module was built for {targets}"
+
+    def probe() -> None:
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    built.probe = probe
+    assert why(0) == "CUDA kernels cannot run on GPU 0 (cudaErrorInsufficientDriver)"
+    built.probe = lambda: None
+    assert why(0) is None
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -110,9 +110,10 @@ for name, call in (
 
 
 GOOD: dict[str, Any] = {
-    "image": 16, "image_dtype": 0, "strides": [3072, 1024, 32, 1], "batch": 1, "channels": 3, "height": 32,
-    "width": 32, "params": [16, 0, 0], "param_dtypes": [0, 0, 0], "out": 16, "out_dtype": 0, "compute_dtype": 0,
-    "allow_tf32": False, "c": 24, "kernel": 7, "patch_h": 16, "patch_w": 16, "stride": 4, "legacy": False,
+    "image": 16, "image_dtype": 0, "strides": [3072, 1024, 32, 1], "batch": 1, "channels": 3,
+    "height": 32, "width": 32, "params": [16, 0, 0], "param_dtypes": [0, 0, 0], "out": 16, "out_dtype": 0,
+    "compute_dtype": 0, "allow_tf32": False, "c": 24, "kernel": 7, "patch_h": 16, "patch_w": 16,
+    "stride": 4, "legacy": False,
 }  # fmt: skip
 
 
