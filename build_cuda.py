@@ -89,13 +89,12 @@ def find_toolkit(compiler: list[str]) -> Toolkit:
 
 
 def find_nvcc() -> str:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable)
-        if home:
-            found = shutil.which("nvcc", path=Path(home, "bin"))
-            if found is None:
-                raise Unusable(f"{variable}={home} has no bin/nvcc")
-            return found
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        found = shutil.which("nvcc", path=Path(home, "bin"))
+        if found is None:
+            raise Unusable(f"CUDA_HOME={home} has no bin/nvcc")
+        return found
     found = shutil.which("nvcc") or next(_from_packages(), None)
     if found is None:
         raise Unusable("no nvcc found (CUDA_HOME, PATH, pip's nvidia-cuda-nvcc)")

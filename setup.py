@@ -272,6 +272,7 @@ class BuildNative(build_ext):
             say(f"{why}: installed without the native module, every op runs in plain PyTorch")
             output.unlink(missing_ok=True)  # of an earlier build
             return
+        processes = jobs()
         ninja = find_ninja()
         if ninja is None or importlib.util.find_spec("pybind11") is None:
             fail("building without isolation needs two packages: pip install pybind11 ninja")
@@ -282,7 +283,7 @@ class BuildNative(build_ext):
         (folder / "exports.map").write_text("{ global: PyInit__native; local: *; };\n")
         toolkit = find_toolkit(compiler)
         (folder / "build.ninja").write_text(ninja_file(compiler, toolkit, output))
-        if subprocess.run([ninja, "-C", str(folder), "-j", str(jobs())]).returncode:
+        if subprocess.run([ninja, "-C", str(folder), "-j", str(processes)]).returncode:
             fail("the native module did not compile, see above; TNT_BUILD_CPU=0 installs without it")
 
 
