@@ -45,7 +45,8 @@ def compiled_here() -> Iterator[tuple[KernelCase, str, int]]:
     for architecture in resources.ARCHITECTURES:
         covered: set[tuple[str, str, str]] = set()
         for precision, case in itertools.product(PRECISIONS, ordered):
-            wanted = architecture == 90 and (precision == "bfloat16" or floors.of_model(case))
+            model = floors.of_model(case) and precision != "widened"
+            wanted = architecture == 90 and (precision == "bfloat16" or model)
             found = resources.entries(case, precision, architecture)
             if wanted or not found <= covered:
                 covered |= found

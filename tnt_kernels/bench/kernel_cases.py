@@ -29,6 +29,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "autocast": (torch.float32, torch.bfloat16),
     "float16": (torch.float16, None),
     "float32": (torch.float32, None),
+    "widened": (torch.bfloat16, torch.float32),  # what the operators take, and no public function asks for
 }
 
 
@@ -40,11 +41,13 @@ class KernelCase:
     sizes: dict[str, Any] = field(hash=False)
     backward: bool = False
     odd: bool = False  # a size that is not TNT's
+    only: str = ""  # of a backward pass: the one gradient that is wanted
 
     @property
     def title(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.sizes.items())
-        return f"{self.op} {'backward ' * self.backward}{sizes}"
+        only = f" {self.only} alone" * bool(self.only)
+        return f"{self.op} {'backward ' * self.backward}{sizes}{only}"
 
     @property
     def launchers(self) -> list[str]:
@@ -91,7 +94,10 @@ class KernelCase:
         out, *activations = found if forward == self._train else [found]
         op = operator(self.op)
         given = zip(op._schema.arguments, arguments, strict=True)
-        wanted = [value is not None and argument.name not in NO_GRADIENT for argument, value in given]
+        wanted = [
+            value is not None and argument.name not in NO_GRADIENT and self.only in ("", argument.name)
+            for argument, value in given
+        ]
         needed = [wanted[i] for i in tensor_positions(op)]
         grad = _random("grad", out, device) if device != "meta" else torch.empty_like(out)
         return launcher(backward), [grad, needed, *activations, *arguments]
@@ -249,6 +255,7 @@ CASES: tuple[KernelCase, ...] = (
     *_both("outer_block", d=640, heads=10),
     *_both("outer_block", d=384, heads=6, drop_path=True, odd=True),
     *_both("outer_block", d=1536, heads=24, odd=True),
+    KernelCase("outer_block", {"d": 384, "heads": 6}, backward=True, odd=True, only="fc2_weight"),
     KernelCase("outer_block_train", {"d": 384, "heads": 6}),
     KernelCase("outer_block_train", {"d": 640, "heads": 10}),
     KernelCase("add_layer_norm", {"d": 384}, odd=True),
