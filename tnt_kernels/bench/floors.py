@@ -55,7 +55,9 @@ class Floor:
 def of_model(case: KernelCase) -> bool:
     """Whether a case is a layer of TNT-S or TNT-B, at a large batch and without drop path."""
     sizes = case.sizes
-    if case.odd or set(sizes) - {"c", "d", "heads"}:
+    if case.odd or case.op not in ("inner_block", "word_to_sentence", "outer_block"):
+        return False
+    if set(sizes) - {"c", "d", "heads"}:
         return False
     return sizes.get("c", 24) in (24, 40) and sizes.get("d", 384) in (384, 640)
 

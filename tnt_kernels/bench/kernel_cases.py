@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnt_kernels import _ops
 from tnt_kernels._autograd import tensor_positions
 from tnt_kernels.backends import triton as triton_backend
 from tnt_kernels.backends.triton import runtime
@@ -30,6 +29,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "autocast": (torch.float32, torch.bfloat16),
     "float16": (torch.float16, None),
     "float32": (torch.float32, None),
+    "widened": (torch.bfloat16, torch.float32),  # what the operators take, and no public function asks for
 }
 
 
@@ -41,16 +41,26 @@ class KernelCase:
     sizes: dict[str, Any] = field(hash=False)
     backward: bool = False
     odd: bool = False  # a size that is not TNT's
+    only: str = ""  # of a backward pass: the one gradient that is wanted
 
     @property
     def title(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.sizes.items())
-        return f"{self.op} {'backward ' * self.backward}{sizes}"
+        only = f" {self.only} alone" * bool(self.only)
+        return f"{self.op} {'backward ' * self.backward}{sizes}{only}"
 
     @property
     def launchers(self) -> list[str]:
         """Operators whose launchers the case calls."""
-        return [self.op, f"{self.op}_backward"] if self.backward else [self.op]
+        if not self.backward:
+            return [self.op]
+        forward = self.op if self._train not in triton_backend.LAUNCHERS else self._train
+        return [forward, f"{self.op}_backward"]
+
+    @property
+    def _train(self) -> str:
+        """The operator that runs the forward pass of training, where that is another one."""
+        return f"{self.op}_train"
 
     @property
     def sentences(self) -> int:
@@ -79,14 +89,22 @@ class KernelCase:
         arguments = _schema_arguments(self.op, values, compute_dtype)
         if not self.backward:
             return launcher(self.op), arguments
-        op, train = getattr(_ops, self.op), f"{self.op}_train"
-        keeps = train in triton_backend.LAUNCHERS
-        out, *activations = launcher(train)(*arguments) if keeps else [launcher(self.op)(*arguments)]
+        forward, backward = self.launchers
+        found = launcher(forward)(*arguments)
+        out, *activations = found if forward == self._train else [found]
+        op = operator(self.op)
         given = zip(op._schema.arguments, arguments, strict=True)
-        wanted = [value is not None and argument.name not in NO_GRADIENT for argument, value in given]
+        wanted = [
+            value is not None and argument.name not in NO_GRADIENT and self.only in ("", argument.name)
+            for argument, value in given
+        ]
         needed = [wanted[i] for i in tensor_positions(op)]
         grad = _random("grad", out, device) if device != "meta" else torch.empty_like(out)
-        return launcher(f"{self.op}_backward"), [grad, needed, *activations, *arguments]
+        return launcher(backward), [grad, needed, *activations, *arguments]
+
+
+def operator(op: str) -> Any:
+    return getattr(torch.ops.tnt_kernels, op).default
 
 
 def launcher(op: str) -> Callable[..., Any]:
@@ -99,9 +117,7 @@ def _schema_arguments(op: str, values: dict[str, Any], compute_dtype: torch.dtyp
     """The operator's positional arguments: `values` by name, for the others what a plain call passes."""
     usual = {"scale": 0.25, "eps": 1e-5, "eps1": 1e-5, "eps2": 1e-5, "compute_dtype": compute_dtype}
     values = usual | values
-    return [
-        values.get(argument.name, argument.default_value) for argument in getattr(_ops, op)._schema.arguments
-    ]
+    return [values.get(argument.name, argument.default_value) for argument in operator(op)._schema.arguments]
 
 
 def _random(name: str, of: Tensor, device: str) -> Tensor:
@@ -194,14 +210,21 @@ def _outer_block(dtype: torch.dtype, d: int, heads: int, drop_path: bool = False
     }
 
 
+def _add_layer_norm(dtype: torch.dtype, d: int) -> dict[str, Any]:
+    x = _meta(*TOKENS, d, dtype=dtype)
+    return {"x": x, "y": x, "weight": _meta(d, dtype=dtype), "bias": _meta(d, dtype=dtype)}
+
+
 ARGUMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "inner_block": _inner_block,
     "inner_attention": _inner_attention,
     "inner_mlp": _inner_mlp,
     "word_to_sentence": _word_to_sentence,
     "outer_block": _outer_block,
+    "outer_block_train": _outer_block,
+    "add_layer_norm": _add_layer_norm,
 }
-OUTER = frozenset({"outer_block"})
+OUTER = frozenset({"outer_block", "outer_block_train", "add_layer_norm"})
 
 
 def _both(op: str, *, odd: bool = False, **sizes: Any) -> Iterator[KernelCase]:
@@ -227,9 +250,15 @@ CASES: tuple[KernelCase, ...] = (
     *_both("word_to_sentence", d=768, c=48),
     *_both("word_to_sentence", d=1024, c=64, odd=True),
     *_both("word_to_sentence", d=384, c=24, legacy=True, odd=True),
+    *_both("outer_block", d=192, heads=3),
     *_both("outer_block", d=384, heads=6),
     *_both("outer_block", d=640, heads=10),
     *_both("outer_block", d=384, heads=6, drop_path=True, odd=True),
+    *_both("outer_block", d=1536, heads=24, odd=True),
+    KernelCase("outer_block", {"d": 384, "heads": 6}, backward=True, odd=True, only="fc2_weight"),
+    KernelCase("outer_block_train", {"d": 384, "heads": 6}),
+    KernelCase("outer_block_train", {"d": 640, "heads": 10}),
+    KernelCase("add_layer_norm", {"d": 384}, odd=True),
 )
 
 
