@@ -265,3 +265,13 @@ CASES: tuple[KernelCase, ...] = (
 def cases() -> list[KernelCase]:
     """The cases whose operators have kernels."""
     return [case for case in CASES if all(op in triton_backend.LAUNCHERS for op in case.launchers)]
+
+
+def of_model(case: KernelCase) -> bool:
+    """Whether a case is a layer of TNT-S or TNT-B, at a large batch and without drop path."""
+    sizes = case.sizes
+    if case.odd or case.op not in ("inner_block", "word_to_sentence", "outer_block"):
+        return False
+    if set(sizes) - {"c", "d", "heads"}:
+        return False
+    return sizes.get("c", 24) in (24, 40) and sizes.get("d", 384) in (384, 640)
