@@ -209,6 +209,15 @@ def test_a_collapse_is_a_violation_in_any_kernel() -> None:
     assert "ptxas collapsed: 32 registers, 5000 bytes of stack" in said
 
 
+def test_a_kernel_without_its_work_is_a_violation() -> None:
+    found = row(scale(64))
+    assert found.resources is not None
+    empty = dataclasses.replace(found.resources, instructions={"other": 2})
+    found = dataclasses.replace(found, resources=empty)
+    (said,) = resources.violations([found], limits_of(found))
+    assert said == "toy: float32 sm_90 scale_kernel: 2 instructions: the compiler has dropped the work"
+
+
 @pytest.mark.parametrize(("architecture", "fits"), [(80, True), (86, False), (90, True), (120, False)])
 def test_shared_memory_has_the_architectures_limit(architecture: int, fits: bool) -> None:
     found = row(scale(64), architecture=architecture)

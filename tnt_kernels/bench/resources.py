@@ -21,6 +21,9 @@ from tnt_kernels.bench.results import table
 # specifications per compute capability).
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = tuple(SHARED)
+FEWEST = (
+    20  # instructions that any kernel has; on sm_100 Triton drops a product that finds no room, in silence
+)
 
 # Instructions per sentence that the inner block's forward pass may take on sm_90 in bfloat16, by case.
 GOALS = {
@@ -124,6 +127,8 @@ def _violations(row: Row) -> Iterator[str]:
     if row.resources is None:
         yield f"{where}: not compiled: {row.problem}"
         return
+    if row.resources.total < FEWEST:
+        yield f"{where}: {row.resources.total} instructions: the compiler has dropped the work"
     if row.resources.collapsed:
         yield (
             f"{where}: ptxas collapsed: {row.resources.registers} registers, "
