@@ -112,8 +112,8 @@ def violations(rows: Sequence[Row], limits: Mapping[str, Any]) -> list[str]:
     """What is wrong with compiled kernels, one line for each.
 
     Rules for any compiler: strict rows have no stack, no program takes more shared memory than the
-    architecture has, ptxas has not collapsed, the goals are kept. The committed limits hold for the version of Triton that
-    they were written with.
+    architecture has, ptxas has not collapsed, the goals are kept. The committed limits hold for the version
+    of Triton that they were written with.
     """
     found = [line for row in rows for line in _violations(row)]
     found += _missed_goals(rows)
