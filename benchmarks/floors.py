@@ -23,7 +23,7 @@ from tnt_kernels.backends.triton import runtime
 from tnt_kernels.bench import floors, resources, timing
 from tnt_kernels.bench.cases import reason
 from tnt_kernels.bench.environment import describe
-from tnt_kernels.bench.kernel_cases import PRECISIONS, KernelCase, cases
+from tnt_kernels.bench.kernel_cases import PRECISIONS, KernelCase, cases, of_model
 
 REPEATS = 20
 
@@ -40,10 +40,7 @@ def main() -> int:
         print(f"floors: {why}", file=sys.stderr)
         return 2
     measured = [
-        measure(case, precision)
-        for case in cases()
-        if floors.of_model(case)
-        for precision in arguments.precision
+        measure(case, precision) for case in cases() if of_model(case) for precision in arguments.precision
     ]
     document = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -21,8 +21,8 @@ from triton.testing import do_bench
 
 from tnt_kernels import gpu
 from tnt_kernels.backends.triton import configs, runtime
-from tnt_kernels.bench import floors, tuning
-from tnt_kernels.bench.kernel_cases import ARGUMENTS, PRECISIONS, cases
+from tnt_kernels.bench import tuning
+from tnt_kernels.bench.kernel_cases import ARGUMENTS, PRECISIONS, cases, of_model
 from tnt_kernels.cli.arguments import positive
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     precisions = arguments.precision or (["bfloat16"] if arguments.quick else ["bfloat16", "float32"])
     chosen = [case for case in cases() if case.op in arguments.op and not case.odd]
     if arguments.quick:
-        chosen = [case for case in chosen if floors.of_model(case)]
+        chosen = [case for case in chosen if of_model(case)]
     wanted = tuning.subjects(chosen, precisions, architecture)
     trials = tuning.tune(wanted, arguments.quick, clock(arguments.quick), arguments.seconds, say)
     tuning.save(tuning.updated(configs.table(), architecture, trials), arguments.output)

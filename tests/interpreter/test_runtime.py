@@ -60,3 +60,15 @@ def test_recording_runs_nothing() -> None:
     assert launch.arguments["x_ptr"] is x
     assert launch.constants == {"ROWS": 8}
     assert torch.equal(scale(torch.ones(3), 2.0), torch.full((3,), 2.0))  # afterwards kernels run again
+
+
+def test_tf32_is_torchs_switch() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            matmul.fp32_precision = precision
+            assert runtime.dot_precision(torch.float32) == expected
+            assert runtime.dot_precision(torch.bfloat16) == "tf32x3"
+    finally:
+        matmul.fp32_precision = before

@@ -52,14 +52,6 @@ class Floor:
         return {name: None if value is None else value * 1e6 for name, value in asdict(self).items()}
 
 
-def of_model(case: KernelCase) -> bool:
-    """Whether a case is a layer of TNT-S or TNT-B, at a large batch and without drop path."""
-    sizes = case.sizes
-    if case.odd or set(sizes) - {"c", "d", "heads"}:
-        return False
-    return sizes.get("c", 24) in (24, 40) and sizes.get("d", 384) in (384, 640)
-
-
 def peak_of(name: str) -> Peak | None:
     """The peak of a device, None for one that is not in the table."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)

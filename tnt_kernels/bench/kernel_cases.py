@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnt_kernels import _ops
 from tnt_kernels._autograd import tensor_positions
 from tnt_kernels.backends import triton as triton_backend
 from tnt_kernels.backends.triton import runtime
@@ -31,6 +30,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "autocast": (torch.float32, torch.bfloat16),
     "float16": (torch.float16, None),
     "float32": (torch.float32, None),
+    "widened": (torch.bfloat16, torch.float32),  # what the operators take, and no public function asks for
 }
 
 
@@ -42,16 +42,26 @@ class KernelCase:
     sizes: dict[str, Any] = field(hash=False)
     backward: bool = False
     odd: bool = False  # a size that is not TNT's
+    only: str = ""  # of a backward pass: the one gradient that is wanted
 
     @property
     def title(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.sizes.items())
-        return f"{self.op} {'backward ' * self.backward}{sizes}"
+        only = f" {self.only} alone" * bool(self.only)
+        return f"{self.op} {'backward ' * self.backward}{sizes}{only}"
 
     @property
     def launchers(self) -> list[str]:
         """Operators whose launchers the case calls."""
-        return [self.op, f"{self.op}_backward"] if self.backward else [self.op]
+        if not self.backward:
+            return [self.op]
+        forward = self.op if self._train not in triton_backend.LAUNCHERS else self._train
+        return [forward, f"{self.op}_backward"]
+
+    @property
+    def _train(self) -> str:
+        """The operator that runs the forward pass of training, where that is another one."""
+        return f"{self.op}_train"
 
     @property
     def sentences(self) -> int:
@@ -80,14 +90,22 @@ class KernelCase:
         arguments = _schema_arguments(self.op, values, compute_dtype)
         if not self.backward:
             return launcher(self.op), arguments
-        op, train = getattr(_ops, self.op), f"{self.op}_train"
-        keeps = train in triton_backend.LAUNCHERS
-        out, *activations = launcher(train)(*arguments) if keeps else [launcher(self.op)(*arguments)]
+        forward, backward = self.launchers
+        found = launcher(forward)(*arguments)
+        out, *activations = found if forward == self._train else [found]
+        op = operator(self.op)
         given = zip(op._schema.arguments, arguments, strict=True)
-        wanted = [value is not None and argument.name not in NO_GRADIENT for argument, value in given]
+        wanted = [
+            value is not None and argument.name not in NO_GRADIENT and self.only in ("", argument.name)
+            for argument, value in given
+        ]
         needed = [wanted[i] for i in tensor_positions(op)]
         grad = _random("grad", out, device) if device != "meta" else torch.empty_like(out)
-        return launcher(f"{self.op}_backward"), [grad, needed, *activations, *arguments]
+        return launcher(backward), [grad, needed, *activations, *arguments]
+
+
+def operator(op: str) -> Any:
+    return getattr(torch.ops.tnt_kernels, op).default
 
 
 def launcher(op: str) -> Callable[..., Any]:
@@ -100,9 +118,7 @@ def _schema_arguments(op: str, values: dict[str, Any], compute_dtype: torch.dtyp
     """The operator's positional arguments: `values` by name, for the others what a plain call passes."""
     usual = {"scale": 0.25, "eps": 1e-5, "eps1": 1e-5, "eps2": 1e-5, "compute_dtype": compute_dtype}
     values = usual | values
-    return [
-        values.get(argument.name, argument.default_value) for argument in getattr(_ops, op)._schema.arguments
-    ]
+    return [values.get(argument.name, argument.default_value) for argument in operator(op)._schema.arguments]
 
 
 def _random(name: str, of: Tensor, device: str) -> Tensor:
@@ -211,6 +227,11 @@ def _pixel_embed(
     }
 
 
+def _add_layer_norm(dtype: torch.dtype, d: int) -> dict[str, Any]:
+    x = _meta(*TOKENS, d, dtype=dtype)
+    return {"x": x, "y": x, "weight": _meta(d, dtype=dtype), "bias": _meta(d, dtype=dtype)}
+
+
 ARGUMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "inner_block": _inner_block,
     "inner_attention": _inner_attention,
@@ -218,8 +239,10 @@ ARGUMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "word_to_sentence": _word_to_sentence,
     "outer_block": _outer_block,
     "pixel_embed": _pixel_embed,
+    "outer_block_train": _outer_block,
+    "add_layer_norm": _add_layer_norm,
 }
-OUTER = frozenset({"outer_block"})
+OUTER = frozenset({"outer_block", "outer_block_train", "add_layer_norm"})
 
 
 def _both(op: str, *, odd: bool = False, **sizes: Any) -> Iterator[KernelCase]:
@@ -245,6 +268,7 @@ CASES: tuple[KernelCase, ...] = (
     *_both("word_to_sentence", d=768, c=48),
     *_both("word_to_sentence", d=1024, c=64, odd=True),
     *_both("word_to_sentence", d=384, c=24, legacy=True, odd=True),
+    *_both("outer_block", d=192, heads=3),
     *_both("outer_block", d=384, heads=6),
     *_both("outer_block", d=640, heads=10),
     *_both("outer_block", d=384, heads=6, drop_path=True, odd=True),
@@ -254,9 +278,24 @@ CASES: tuple[KernelCase, ...] = (
     *_both("pixel_embed", c=48),
     *_both("pixel_embed", c=24, legacy=True, odd=True),
     *_both("pixel_embed", c=70, channels=5, patch=14, stride=3, odd=True),
+    *_both("outer_block", d=1536, heads=24, odd=True),
+    KernelCase("outer_block", {"d": 384, "heads": 6}, backward=True, odd=True, only="fc2_weight"),
+    KernelCase("outer_block_train", {"d": 384, "heads": 6}),
+    KernelCase("outer_block_train", {"d": 640, "heads": 10}),
+    KernelCase("add_layer_norm", {"d": 384}, odd=True),
 )
 
 
 def cases() -> list[KernelCase]:
     """The cases whose operators have kernels."""
     return [case for case in CASES if all(op in triton_backend.LAUNCHERS for op in case.launchers)]
+
+
+def of_model(case: KernelCase) -> bool:
+    """Whether a case is a layer of TNT-S or TNT-B, at a large batch and without drop path."""
+    sizes = case.sizes
+    if case.odd or case.op not in ("inner_block", "word_to_sentence", "outer_block"):
+        return False
+    if set(sizes) - {"c", "d", "heads"}:
+        return False
+    return sizes.get("c", 24) in (24, 40) and sizes.get("d", 384) in (384, 640)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +14,16 @@ import triton
 from tnt_kernels.backends.triton import configs
 from tnt_kernels.backends.triton.runtime import Launch
 from tnt_kernels.bench import sass
-from tnt_kernels.bench.kernel_cases import KernelCase
+from tnt_kernels.bench.kernel_cases import PRECISIONS, KernelCase, cases, of_model
 from tnt_kernels.bench.results import table
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical
 # specifications per compute capability).
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = tuple(SHARED)
+FEWEST = (
+    20  # instructions that any kernel has; on sm_100 Triton drops a product that finds no room, in silence
+)
 
 # Instructions per sentence that the inner block's forward pass may take on sm_90 in bfloat16, by case.
 GOALS = {
@@ -34,7 +38,7 @@ class Row:
     """A kernel of a case, compiled for an architecture; `problem` is what the compiler said if it failed."""
 
     case: str
-    backward: bool
+    strict: bool  # a forward pass of TNT's own sizes with 16-bit products, which may have no stack
     precision: str
     architecture: int
     kernel: str  # with "#2" and so on where a case launches it again with other code
@@ -82,7 +86,8 @@ def measure(wanted: Sequence[tuple[KernelCase, str, int]]) -> tuple[Row, ...]:
         if compilation in same:
             continue
         kernel = compilation.kernel + (f"#{len(same) + 1}" if same else "")
-        begin = (case.title, case.backward, precision, architecture, kernel, tuple(launch.config))
+        strict = not (case.backward or case.odd or precision in ("float32", "widened"))
+        begin = (case.title, strict, precision, architecture, kernel, tuple(launch.config))
         if isinstance(found, str):
             same[compilation] = Row(*begin, None, None, problem=found)
         else:
@@ -106,7 +111,7 @@ def _instructions(found: sass.Resources, launch: Launch, sentences: int) -> tupl
 def violations(rows: Sequence[Row], limits: Mapping[str, Any]) -> list[str]:
     """What is wrong with compiled kernels, one line for each.
 
-    Rules for any compiler: forward kernels have no stack, no program takes more shared memory than the
+    Rules for any compiler: strict rows have no stack, no program takes more shared memory than the
     architecture has, ptxas has not collapsed, the goals are kept. The committed limits hold for the version
     of Triton that they were written with.
     """
@@ -122,12 +127,14 @@ def _violations(row: Row) -> Iterator[str]:
     if row.resources is None:
         yield f"{where}: not compiled: {row.problem}"
         return
+    if row.resources.total < FEWEST:
+        yield f"{where}: {row.resources.total} instructions: the compiler has dropped the work"
     if row.resources.collapsed:
         yield (
             f"{where}: ptxas collapsed: {row.resources.registers} registers, "
             f"{row.resources.stack} bytes of stack"
         )
-    elif row.resources.stack and not row.backward:
+    elif row.resources.stack and row.strict:
         yield f"{where}: {row.resources.stack} bytes of stack in a forward kernel"
     if row.resources.shared > SHARED[row.architecture]:
         yield (
@@ -151,12 +158,10 @@ def _over(row: Row, limits: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     where = f"{row.case}: {row.name}"
     if row.resources is None:
         return
-    if row.name not in limits:
-        yield f"{where}: no limit (benchmarks/resources.py --write-limits)"
-        return
-    for what, value in row.limits().items():
-        if value > limits[row.name][what]:
-            yield f"{where}: {what} {value:g}, the limit is {limits[row.name][what]:g}"
+    for what, limit in limits.get(row.name, {}).items():
+        value = row.limits()[what]
+        if value > limit:
+            yield f"{where}: {what} {value:g}, the limit is {limit:g}"
 
 
 def load_limits(path: Path) -> dict[str, Any]:
@@ -175,6 +180,25 @@ def save_limits(rows: Sequence[Row], path: Path) -> None:
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
+
+
+def committed() -> list[tuple[KernelCase, str, int]]:
+    """What the tests compile and limits are written for, a part of everything.
+
+    On sm_90 every case in bfloat16, and TNT-S and TNT-B in every precision; on each architecture what it
+    takes to have every entry of the table.
+    """
+    found = []
+    ordered = sorted(cases(), key=of_model, reverse=True)
+    for architecture in ARCHITECTURES:
+        covered: set[tuple[str, str, str]] = set()
+        for precision, case in itertools.product(PRECISIONS, ordered):
+            model = of_model(case) and precision != "widened"
+            taken = entries(case, precision, architecture)
+            if (architecture == 90 and (precision == "bfloat16" or model)) or not taken <= covered:
+                covered |= taken
+                found.append((case, precision, architecture))
+    return found
 
 
 def entries(case: KernelCase, precision: str, architecture: int) -> set[tuple[str, str, str]]:

@@ -34,7 +34,7 @@ def _add_layer_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # D rounded up to a power of two
 ):
-    # Last rows first: the product before has left those in the cache, and the next one begins with the others.
+    # Last rows first: the product before has left those in the cache; the next one begins with the others.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < D)[None, :]

@@ -75,6 +75,8 @@ def entry_of(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> 
     at_most = [number for number in known if number <= architecture]
     name = f"sm_{at_most[-1]}" if at_most else "other"
     size = "float32" if dtype == torch.float32 else "16bit"
+    if not any(key.startswith(size) for key in architectures[name]):  # launchers call it with the other alone
+        size = "16bit" if size == "float32" else "float32"
     widths = sorted(int(key.split()[1]) for key in architectures[name] if key.split()[0] == size)
     chosen = next((w for w in widths if w >= width), widths[-1])
     return name, f"{size} {chosen}"

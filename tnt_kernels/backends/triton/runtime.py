@@ -97,7 +97,9 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 def dot_precision(dtype: torch.dtype) -> str:
     """Returns `input_precision` of tl.dot for operands of this dtype: float32 to the last bits, or TF32 where
     torch is allowed to use it in matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # Not allow_tf32, which raises once a program has set this one.
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "tf32x3"
 
 
 def launch(
