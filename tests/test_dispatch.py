@@ -173,7 +173,7 @@ def test_forced_cpu_records_what_has_a_backward_pass(
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="must be one of auto, reference, cpu, triton; got 'gpu'"):
+    with pytest.raises(ValueError, match="must be one of auto, reference, cpu, cuda, triton; got 'gpu'"):
         use_backend("gpu")
 
 
