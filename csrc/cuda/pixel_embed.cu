@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   uint4* mine = shared_memory() + warp * (warp_bytes / 16);
   Element* field = reinterpret_cast<Element*>(mine);
 
+#pragma unroll 1
   for (int p = 0; p < kPatches; ++p)
     stage(args, patches, patches.at(first + (p < count ? p : 0)), units, lane, field + p * kField);
   __syncwarp();
