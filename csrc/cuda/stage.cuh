@@ -85,6 +85,7 @@ TNT_DEVICE void stage_units(const Patches& patches, const Patch& patch, const Im
     inside[i] = at.number < Field::kAllUnits && patches.sees(patch, at.row, at.column);
     units[i].load(image + patches.offset(patch, at.channel, at.row, at.column), inside[i]);
   }
+  __syncwarp();  // nothing is stored before all loads are under way: ptxas would wait for each in turn
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const FieldUnit at(i * kLanes + lane);
