@@ -1,11 +1,11 @@
-"""The CUDA kernels of csrc/cuda on a CPU: every thread a fiber, mma.sync emulated lane by lane (tests/cuda)."""
+"""The CUDA kernels of csrc/cuda on a CPU: threads are fibers, mma.sync is emulated (tests/cuda)."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,13 +92,14 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def call_of(
     case: Case,
-    arguments: list[Tensor | None],
+    arguments: Sequence[Tensor | None],
     out: Tensor,
     compute: torch.dtype,
     normal: tuple[Tensor, Tensor] | None = None,
     allow_tf32: bool = False,
 ) -> PixelEmbed:
     image, weight, bias, position = arguments
+    assert image is not None
     scale, shift = normal or (None, None)
 
     def pair(tensor: Tensor | None) -> tuple[int | None, int]:
@@ -117,8 +118,12 @@ def guarded(size: int) -> Tensor:
 
 
 def run(
-    library: ctypes.CDLL, case: Case, arguments: list[Tensor | None], compute: torch.dtype, **options: Any
-):
+    library: ctypes.CDLL,
+    case: Case,
+    arguments: Sequence[Tensor | None],
+    compute: torch.dtype,
+    **options: Any,
+) -> Tensor:
     out_dtype = options.pop("out_dtype", compute)
     n = case.grid[0] * case.grid[1]
     out = torch.full((case.batch * n, case.words(), case.c), float("nan"), dtype=out_dtype)
@@ -130,13 +135,14 @@ def run(
     return out
 
 
-def exact(case: Case, arguments: list[Tensor | None], compute: torch.dtype) -> Tensor:
+def exact(case: Case, arguments: Sequence[Tensor | None], compute: torch.dtype) -> Tensor:
     """In float64, of operands rounded as the products take them."""
     image, weight, bias, position = arguments
-    wide = [
-        None if t is None else t.double() for t in (image.to(compute), weight.to(compute), bias, position)
-    ]
-    return reference.pixel_embed(*wide, *case.options())
+    assert image is not None
+    assert weight is not None
+    bias, position = (None if t is None else t.double() for t in (bias, position))
+    operands = image.to(compute).double(), weight.to(compute).double()
+    return reference.pixel_embed(*operands, bias, position, *case.options())
 
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -248,7 +248,9 @@ def test_environment_variables(needs_native: None) -> None:
 
 def test_environment_names_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_environment", "gpu")
-    with pytest.raises(ValueError, match=r"TNT_BACKEND must be one of auto, .*, cpu, cuda, triton; got 'gpu'"):
+    with pytest.raises(
+        ValueError, match=r"TNT_BACKEND must be one of auto, .*, cpu, cuda, triton; got 'gpu'"
+    ):
         choose("op", torch.ones(1))
     with use_backend("auto"):
         assert requested() == "auto"

@@ -116,5 +116,16 @@ struct Field {
   }
 };
 
+// Eight columns of a field's row.
+struct FieldUnit {
+  int number, channel, row, column;
+
+  explicit TNT_HOST_DEVICE FieldUnit(int i)
+      : number(i),
+        channel(i / (Field::kRows * Field::kUnits)),
+        row(i / Field::kUnits % Field::kRows - Field::kAbove),
+        column(i % Field::kUnits * Field::kUnit - Field::kLeft) {}
+};
+
 }  // namespace cuda
 }  // namespace tnt

@@ -120,7 +120,10 @@ TNT_DEVICE void write_words(const float (&sums)[kPatches][kTiles][4], void* out,
   __syncwarp();
   const int size = kRows * c * static_cast<int>(sizeof(Out)) / 16;  // of a patch
   uint4* to = static_cast<uint4*>(out) + int64_t{first} * size;
-  for (int i = lane; i < count * size; i += kLanes) to[i] = scratch[i];
+  constexpr int kMost = kPatches * kRows * kTiles * kColumns * static_cast<int>(sizeof(Out)) / 16;
+#pragma unroll
+  for (int i = lane; i < kMost; i += kLanes)
+    if (i < count * size) to[i] = scratch[i];
 }
 
 template <class T>
@@ -136,7 +139,7 @@ int64_t field_bytes() {
 }
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kWarps* kLanes)
+__global__ void __launch_bounds__(kWarps* kLanes, 4)
     pixel_embed_kernel(const PixelEmbed args, const Patches patches, const Packed packed, bool units,
                        int warp_bytes) {
   typedef typename Mma<T>::Element Element;
@@ -151,6 +154,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   uint4* mine = shared_memory() + warp * (warp_bytes / 16);
   Element* field = reinterpret_cast<Element*>(mine);
 
+#pragma unroll 1
   for (int p = 0; p < kPatches; ++p)
     stage(args, patches, patches.at(first + (p < count ? p : 0)), units, lane, field + p * kField);
   __syncwarp();

@@ -76,7 +76,7 @@ struct GradientShape {
 };
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kThreads, Mma<T>::kDepth == 16 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, Mma<T>::kDepth == 16 && kTiles <= 3 ? 3 : 2)
     weight_gradient_kernel(const PixelEmbed args, const Patches patches, const void* grad, int grad_type,
                            bool units, Slices slices, float* sums) {
   typedef GradientShape<T, kTiles> Shape;

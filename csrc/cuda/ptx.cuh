@@ -70,7 +70,8 @@ TNT_DEVICE float round_to_tf32(float x) {
 }
 // d += a b, 16 x 8 by 8
 TNT_DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(as_bits(a[0])), "r"(as_bits(a[1])), "r"(as_bits(a[2])), "r"(as_bits(a[3])), "r"(as_bits(b[0])),
         "r"(as_bits(b[1])));
@@ -106,17 +107,25 @@ TNT_DEVICE uint4* shared_memory() {
   return shared;
 }
 
-// Streams through the caches: image data is read once.
-TNT_DEVICE uint4 load_stream(const uint4* from) {
+// From an image, which is read once: not kept in L1. Zeros where not `inside`, without a branch, so that many
+// loads are under way at a time. Without `volatile`, or with ld.global.nc, the compilers would move each load
+// to where its result is used.
+TNT_DEVICE uint4 load_stream(const uint4* from, bool inside) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(from));
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(from), "r"(static_cast<uint32_t>(inside))
+      : "memory");
   return v;
 }
-TNT_DEVICE uint2 load_stream(const uint2* from) {
+TNT_DEVICE uint2 load_stream(const uint2* from, bool inside) {
   uint2 v;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\n"
+      "@p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n}"
+      : "=&r"(v.x), "=&r"(v.y)
+      : "l"(from), "r"(static_cast<uint32_t>(inside))
+      : "memory");
   return v;
 }
 

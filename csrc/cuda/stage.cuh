@@ -1,6 +1,8 @@
 // Reads images, as the type that the products take: a patch into shared memory, or a pixel at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.cuh"
 
 namespace tnt {
@@ -19,27 +21,47 @@ TNT_DEVICE void store_unit(T* to, const float (&x)[8]) {
                                    N::pair(x[6], x[7])};
 }
 
-// Eight pixels that lie together, aligned to 16 bytes, those of uint8 to 8.
-TNT_DEVICE void load_unit(const float* from, float (&x)[8]) {
-  const uint4* v = reinterpret_cast<const uint4*>(from);
-  const uint4 a = load_stream(v), b = load_stream(v + 1);
-  const uint32_t bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+// Eight pixels that lie together, aligned to 16 bytes, those of uint8 to 8; as they lie, and as floats.
+template <class Image>
+struct Unit {
+  uint4 bits;
+
+  TNT_DEVICE void load(const Image* from, bool inside) {
+    bits = load_stream(reinterpret_cast<const uint4*>(from), inside);
+  }
+  TNT_DEVICE void unpack(float (&x)[8]) const {
+    const uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = as_float(bits[i]);
-}
-TNT_DEVICE void load_unit(const uint8_t* from, float (&x)[8]) {
-  const uint2 a = load_stream(reinterpret_cast<const uint2*>(from));
+    for (int i = 0; i < 8; ++i)
+      x[i] = to_float(Image{static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16)});
+  }
+};
+template <>
+struct Unit<float> {
+  uint4 low, high;
+
+  TNT_DEVICE void load(const float* from, bool inside) {
+    low = load_stream(reinterpret_cast<const uint4*>(from), inside);
+    high = load_stream(reinterpret_cast<const uint4*>(from) + 1, inside);
+  }
+  TNT_DEVICE void unpack(float (&x)[8]) const {
+    const uint32_t all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = static_cast<float>((i < 4 ? a.x : a.y) >> i % 4 * 8 & 0xff);
-}
-template <class T>
-TNT_DEVICE void load_unit(const T* from, float (&x)[8]) {
-  const uint4 a = load_stream(reinterpret_cast<const uint4*>(from));
-  const uint32_t bits[4] = {a.x, a.y, a.z, a.w};
+    for (int i = 0; i < 8; ++i) x[i] = as_float(all[i]);
+  }
+};
+template <>
+struct Unit<uint8_t> {
+  uint2 bits;
+
+  TNT_DEVICE void load(const uint8_t* from, bool inside) {
+    bits = load_stream(reinterpret_cast<const uint2*>(from), inside);
+  }
+  TNT_DEVICE void unpack(float (&x)[8]) const {
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    x[i] = to_float(T{static_cast<uint16_t>(i % 2 == 0 ? bits[i / 2] & 0xffff : bits[i / 2] >> 16)});
-}
+    for (int i = 0; i < 8; ++i) x[i] = static_cast<float>((i < 4 ? bits.x : bits.y) >> i % 4 * 8 & 0xff);
+  }
+};
 
 // Pixel values as the convolution takes them.
 struct Normal {
@@ -54,21 +76,32 @@ struct Normal {
 template <class Image, class T>
 TNT_DEVICE void stage_units(const Patches& patches, const Patch& patch, const Image* image, Normal normal,
                             int lane, T* field) {
+  constexpr int kRounds = (Field::kAllUnits + kLanes - 1) / kLanes;
+  Unit<Image> units[kRounds];
+  bool inside[kRounds];
 #pragma unroll
-  for (int first = 0; first < Field::kAllUnits; first += kLanes) {
-    const int unit = first + lane;
-    if (unit >= Field::kAllUnits) break;
-    const int channel = unit / (Field::kRows * Field::kUnits);
-    const int row = unit / Field::kUnits % Field::kRows - Field::kAbove;
-    const int column = unit % Field::kUnits * Field::kUnit - Field::kLeft;
-    float x[8] = {};
-    if (patches.sees(patch, row, column)) {
-      load_unit(image + patches.offset(patch, channel, row, column), x);
-      if (normal.scale != nullptr)
+  for (int i = 0; i < kRounds; ++i) {
+    const FieldUnit at(i * kLanes + lane);
+    inside[i] = at.number < Field::kAllUnits && patches.sees(patch, at.row, at.column);
+    units[i].load(image + patches.offset(patch, at.channel, at.row, at.column), inside[i]);
+  }
+  __syncwarp();  // nothing is stored before all loads are under way: ptxas would wait for each in turn
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = normal(x[i], channel);
-    }
-    store_unit(field + Field::at(sizeof(T), channel, row, column), x);
+  for (int i = 0; i < kRounds; ++i) {
+    const FieldUnit at(i * kLanes + lane);
+    if (at.number >= Field::kAllUnits) continue;
+    T* to = field + Field::at(sizeof(T), at.channel, at.row, at.column);
+    if constexpr (std::is_same<Image, T>::value && sizeof(T) == 2)
+      if (normal.scale == nullptr) {
+        *reinterpret_cast<uint4*>(to) = units[i].bits;
+        continue;
+      }
+    float x[8];
+    units[i].unpack(x);
+    if (normal.scale != nullptr && inside[i])
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] = normal(x[j], at.channel);
+    store_unit(to, x);
   }
 }
 
