@@ -142,7 +142,8 @@ def exact(case: Case, arguments: Sequence[Tensor | None], compute: torch.dtype) 
     assert weight is not None
     bias, position = (None if t is None else t.double() for t in (bias, position))
     operands = image.to(compute).double(), weight.to(compute).double()
-    return reference.pixel_embed(*operands, bias, position, *case.options())
+    patch_h, patch_w, stride, legacy = case.options()
+    return reference.pixel_embed(*operands, bias, position, patch_h, patch_w, stride, legacy)
 
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

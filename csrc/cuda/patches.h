@@ -98,7 +98,9 @@ struct Field {
 
   // Elements from one row to the next, such that the loads of a fragment meet every bank once.
   static constexpr TNT_HOST_DEVICE int pitch(int element_size) { return element_size == 4 ? 28 : 24; }
-  static constexpr TNT_HOST_DEVICE int size(int element_size) { return kChannels * kRows * pitch(element_size); }
+  static constexpr TNT_HOST_DEVICE int size(int element_size) {
+    return kChannels * kRows * pitch(element_size);
+  }
 
   static TNT_HOST_DEVICE int at(int element_size, int channel, int row, int column) {
     return (channel * kRows + kAbove + row) * pitch(element_size) + kLeft + column;

@@ -138,8 +138,14 @@ int64_t field_bytes() {
          static_cast<int64_t>(sizeof(typename Mma<T>::Element));
 }
 
+// Blocks on a multiprocessor, 0: as many as ptxas thinks best, which for 16-bit operands costs it spills.
+template <class T>
+constexpr TNT_HOST_DEVICE int blocks_at_a_time() {
+  return Mma<T>::kDepth == 16 ? 4 : 0;
+}
+
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kWarps* kLanes, 4)
+__global__ void __launch_bounds__(kWarps* kLanes, blocks_at_a_time<T>())
     pixel_embed_kernel(const PixelEmbed args, const Patches patches, const Packed packed, bool units,
                        int warp_bytes) {
   typedef typename Mma<T>::Element Element;
@@ -237,7 +243,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 6)
         const int word = word_tile * kRows + place.row;
         const int channel = (pass + tile) * kColumns + place.column;
         if (word < patches.m && channel < c)
-          store_float(args.out, args.out_type, (int64_t{number} * patches.m + word) * c + channel, sums[tile][i]);
+          store_float(args.out, args.out_type, (int64_t{number} * patches.m + word) * c + channel,
+                      sums[tile][i]);
       }
   }
 }

@@ -41,8 +41,8 @@ struct PixelEmbedGradients {
   float* position;  // [m, c]
 };
 
-// All return a cudaError_t (0: success), launch on `stream`, a cudaStream_t, and allocate nothing. `workspace`
-// is device memory of as many bytes as the function beside says, aligned to 16.
+// All return a cudaError_t (0: success), launch on `stream`, a cudaStream_t, and allocate nothing.
+// `workspace` is device memory of as many bytes as the function beside says, aligned to 16.
 int64_t pixel_embed_workspace(const PixelEmbed& args);
 int pixel_embed(const PixelEmbed& args, void* workspace, void* stream);
 

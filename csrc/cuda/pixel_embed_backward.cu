@@ -1,7 +1,7 @@
 // Gradients of the pixel embedding. Those of the parameters are sums over all words: the patches are cut into
-// slices, of which each is summed on its own, and the slices' sums are added in order. Their number depends on
-// the sizes alone, so the bits are the same on every run and every GPU of an architecture. The gradient of a
-// pixel is gathered from the words that see it.
+// slices, of which each is summed on its own, and the slices' sums are added in order. Their number depends
+// on the sizes alone, so the bits are the same on every run and every GPU of an architecture. The gradient of
+// a pixel is gathered from the words that see it.
 #include "mma.cuh"
 #include "plan.h"
 #include "stage.cuh"
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(kParts* kLanes) add_rows_kernel(const float* f
   out[i] = sum;
 }
 
-// Rows of the product of a weight's gradient are taps, its inner dimension is words, its columns are channels.
-// Fragments of a field: a block's warps stage a patch each and the gradient of its words, then every warp takes
-// all of these patches and a share of the taps.
-constexpr int kTapTiles = (Field::kWindowRows * 8 + kRows - 1) / kRows;      // 11
-constexpr int kTilesOfWarp = (kTapTiles + kWarps - 1) / kWarps;              // 3
+// Rows of the product of a weight's gradient are taps, its inner dimension is words, its columns are
+// channels. TNT's own shape: a block's warps stage a patch each and the gradient of its words, then every warp
+// takes all of these patches and a share of the taps.
+constexpr int kTapTiles = (Field::kWindowRows * 8 + kRows - 1) / kRows;  // 11
+constexpr int kTilesOfWarp = (kTapTiles + kWarps - 1) / kWarps;          // 3
 
 template <class T, int kTiles>
 struct GradientShape {
@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       const Place place = place_in_d(lane, j);
       const int tap = tap_tile * kRows + place.row;
       const int channel = (pass * kPassTiles + tile) * kColumns + place.column;
-      if (tap < patches.inputs && channel < c) out[int64_t{channel} * patches.inputs + tap] = products[tile][j];
+      if (tap < patches.inputs && channel < c)
+        out[int64_t{channel} * patches.inputs + tap] = products[tile][j];
     }
 }
 
@@ -209,8 +210,8 @@ struct Reach {
 
 // One thread a pixel of a channel.
 __global__ void __launch_bounds__(kThreads, 8)
-    image_gradient_kernel(const Patches patches, const void* grad, int grad_type, bool fours, int c, int pitch,
-                          const float* weight, const float* scale, void* out, int out_type,
+    image_gradient_kernel(const Patches patches, const void* grad, int grad_type, bool fours, int c,
+                          int pitch, const float* weight, const float* scale, void* out, int out_type,
                           int blocks_of_plane) {
   const int plane = static_cast<int>(blockIdx.x) / blocks_of_plane;  // image, channel
   const int64_t pixel = int64_t{static_cast<int>(blockIdx.x) % blocks_of_plane} * kThreads + threadIdx.x;

@@ -10,8 +10,8 @@ inline int64_t type_size(int type) { return type == kFloat32 ? 4 : type == kUint
 
 inline bool is_real(int type) { return type == kFloat32 || type == kBFloat16 || type == kFloat16; }
 
-// Sizes that the kernels can count. Patches, words of a patch and taps are counted in 32 bits, the elements of
-// images and words in 64.
+// Sizes that the kernels can count. Patches, words of a patch and taps are counted in 32 bits, the elements
+// of images and words in 64.
 inline bool is_valid(const PixelEmbed& a) {
   constexpr int64_t kMost = 0x7fffffff;
   if (a.batch < 0 || a.channels < 1 || a.c < 1 || a.kernel < 1 || a.kernel % 2 == 0 || a.patch_h < 1 ||

@@ -1,6 +1,6 @@
-// Runs the CUDA kernels on a CPU, as they are written: every thread of a block is a fiber, and the fibers meet
-// at barriers, shuffles and products of a warp. Products take their operands from the lanes by the layout that
-// the PTX manual gives for mma.sync. Compiled for a CPU, csrc/cuda/ptx.cuh includes this file instead of CUDA.
+// Runs the CUDA kernels on a CPU, as they are written: every thread of a block is a fiber, and the fibers
+// meet at barriers, shuffles and products of a warp. Products take their operands from the lanes by the
+// layout that the PTX manual gives for mma.sync. For a CPU csrc/cuda/ptx.cuh includes this file, not CUDA.
 //
 // With TNT_EMULATE_OLD the GPU has no TF32 or bfloat16 products, like sm_75. With run_backwards() the threads
 // run in the opposite order: a result that changes shows a race.
@@ -25,7 +25,9 @@
 
 typedef int cudaError_t;
 constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
-inline const char* cudaGetErrorName(int error) { return error == 0 ? "cudaSuccess" : "cudaErrorInvalidValue"; }
+inline const char* cudaGetErrorName(int error) {
+  return error == 0 ? "cudaSuccess" : "cudaErrorInvalidValue";
+}
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -309,7 +311,8 @@ struct Same {
 template <class... P>
 int launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, void*,
            typename Same<P>::type... args) {
-  if (shared_bytes > static_cast<int64_t>(sizeof(shared_bytes_of_block))) emulator::fail("too much shared memory");
+  if (shared_bytes > static_cast<int64_t>(sizeof(shared_bytes_of_block)))
+    emulator::fail("too much shared memory");
   blockDim.x = static_cast<unsigned>(threads);
   for (int64_t i = 0; i < blocks; ++i) {
     blockIdx.x = static_cast<unsigned>(i);
