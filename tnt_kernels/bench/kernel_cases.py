@@ -294,7 +294,7 @@ def cases() -> list[KernelCase]:
 def of_model(case: KernelCase) -> bool:
     """Whether a case is a layer of TNT-S or TNT-B, at a large batch and without drop path."""
     sizes = case.sizes
-    if case.odd or case.op not in ("inner_block", "word_to_sentence", "outer_block"):
+    if case.odd or case.op not in ("pixel_embed", "inner_block", "word_to_sentence", "outer_block"):
         return False
     if set(sizes) - {"c", "d", "heads"}:
         return False
