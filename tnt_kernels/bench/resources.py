@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import triton
 
@@ -31,6 +31,16 @@ GOALS = {
     "inner_block c=40 heads=4": 2161,
     "inner_block c=48 heads=4": 2258,
 }
+
+
+class Limited(Protocol):
+    """A kernel whose figures are held to limits: a line, `name`, in a block of the file, `case`."""
+
+    @property
+    def case(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    def limits(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -168,14 +178,26 @@ def load_limits(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
-def save_limits(rows: Sequence[Row], path: Path) -> None:
-    """Writes the figures of these rows as the limits, one line for each kernel."""
+def save_limits(
+    rows: Sequence[Limited], path: Path, nvcc: str = "", cuda_rows: Sequence[Limited] = ()
+) -> None:
+    """Writes the figures of these rows as the limits, one line for each kernel.
+
+    nvcc, cuda_rows: the compiler of the CUDA kernels, and those.
+    """
+    parts = {"triton": json.dumps(triton.__version__), "kernels": _blocks(rows)}
+    if nvcc:
+        parts |= {"nvcc": json.dumps(nvcc), "cuda_kernels": _blocks(cuda_rows)}
+    text = ",\n".join(f' "{name}": {value}' for name, value in parts.items())
+    path.write_text(f"{{\n{text}\n}}\n", "utf-8")
+
+
+def _blocks(rows: Sequence[Limited]) -> str:
     cases: dict[str, list[str]] = {}
     for row in rows:
         cases.setdefault(row.case, []).append(f"   {json.dumps(row.name)}: {json.dumps(row.limits())}")
     blocks = [f"  {json.dumps(case)}: {{\n" + ",\n".join(lines) + "\n  }" for case, lines in cases.items()]
-    text = f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n' + ",\n".join(blocks) + "\n }\n}\n"
-    path.write_text(text, "utf-8")
+    return "{\n" + ",\n".join(blocks) + "\n }"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

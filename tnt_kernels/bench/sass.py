@@ -191,7 +191,7 @@ def read(usage: str, code: str, shared: int) -> Resources:
             flags = instruction["flags"].split(".")
             spilled += next((_WIDTH[flag] for flag in flags if flag in _WIDTH), 4)
     loops = _loops(instructions)
-    inside = sum(any(first <= _at(i) <= last for first, last in loops) for i in instructions)
+    inside = sum(any(first <= at <= last for first, last in loops) for at in map(_at, instructions))
     kinds = {kind: counts[kind] for kind in (*KINDS, "other")}
     return Resources(int(found[1]), int(found[2]), spilled, shared, len(loops), inside, kinds)
 
@@ -206,14 +206,15 @@ def _loops(instructions: Sequence[re.Match[str]]) -> list[tuple[int, int]]:
     Code behind the program's end is no loop either: it returns to where the program left for it.
     """
     end = max(_at(i) for i in instructions if i["name"] == "EXIT")
+    waits = [_at(i) for i in instructions if i["name"] in _WAITS]
     found = []
     for branch in instructions:
-        target = re.search(r"0x([0-9a-f]+)", branch["rest"])
-        if branch["name"] != "BRA" or target is None or _at(branch) > end:
+        target = re.search(r"0x([0-9a-f]+)", branch["rest"]) if branch["name"] == "BRA" else None
+        if target is None or _at(branch) > end:
             continue
         first, last = int(target[1], 16), _at(branch)
-        inside = {i["name"] for i in instructions if first <= _at(i) <= last}
-        if first <= last and not (last - first < _LONGEST_WAIT and inside & _WAITS):
+        waiting = last - first < _LONGEST_WAIT and any(first <= at <= last for at in waits)
+        if first <= last and not waiting:
             found.append((first, last))
     return found
 
