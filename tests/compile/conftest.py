@@ -1,4 +1,4 @@
-"""Tests of compiled kernels. Those of CUDA kernels are left out where there is no nvcc; the summary says so."""
+"""Tests of compiled kernels. Without nvcc those of CUDA kernels are left out, and the summary says so."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tnt_kernels import ops, outer
 from tnt_kernels.backends import reference
-from tnt_kernels.dispatch import use_backend
+from tnt_kernels.dispatch import CUDA_OPS, use_backend
 
 DEVICE, BACKEND = "cuda", "triton"
 DROPS = ("attn_drop", "proj_drop", "hidden_drop", "out_drop")
@@ -76,9 +76,37 @@ def outer_block(
     return given
 
 
-MAKERS = {
+def pixel_embed(
+    batch: int,
+    rows: int,  # of patches
+    columns: int,
+    c: int,
+    *,
+    dtype: torch.dtype,
+    patch: tuple[int, int] = (16, 16),
+    stride: int = 4,
+    kernel: int = 7,
+    channels: int = 3,
+    legacy: bool = False,
+    bias: bool = True,
+    position: bool = True,
+) -> Given:
+    m = -(-patch[0] // stride) * -(-patch[1] // stride)
+    scale = (channels * kernel**2) ** -0.5
+    return {
+        "image": randn(batch, channels, rows * patch[0], columns * patch[1], dtype=dtype, mean=0.5),
+        "weight": randn(c, channels, kernel, kernel, dtype=dtype, scale=scale),
+        "bias": randn(c, dtype=dtype) if bias else None,
+        "position": randn(1, m, c, dtype=dtype) if position else None,
+        "patch_size": patch,
+        "stride": stride,
+        "legacy": legacy,
+    }
+
+
+MAKERS: dict[str, Callable[..., Given]] = {
     function.__name__: function
-    for function in (inner_block, inner_attention, inner_mlp, word_to_sentence, outer_block)
+    for function in (inner_block, inner_attention, inner_mlp, word_to_sentence, outer_block, pixel_embed)
 }
 
 # Operation, sizes, options.
@@ -109,11 +137,45 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "outer_block d=384": ("outer_block", (3, 50, 384, 6), {}),
     "outer_block d=640": ("outer_block", (2, 197, 640, 10), {}),
     "outer_block drop path": ("outer_block", (5, 50, 384, 6), {"noise": "drop_path"}),
+    "pixel_embed c=12": ("pixel_embed", (3, 2, 3, 12), {}),
+    "pixel_embed c=24": ("pixel_embed", (5, 3, 5, 24), {}),
+    "pixel_embed c=40": ("pixel_embed", (3, 3, 3, 40), {}),
+    "pixel_embed c=48": ("pixel_embed", (2, 3, 5, 48), {}),
+    "pixel_embed c=13": ("pixel_embed", (3, 3, 2, 13), {}),
+    "pixel_embed c=70": ("pixel_embed", (2, 2, 2, 70), {}),
+    "pixel_embed legacy": ("pixel_embed", (3, 3, 2, 24), {"legacy": True}),
+    "pixel_embed legacy patch=8 c=10": (
+        "pixel_embed",
+        (3, 2, 3, 10),
+        {"patch": (8, 8), "stride": 2, "kernel": 3, "legacy": True},
+    ),
+    "pixel_embed patch=14 stride=7": ("pixel_embed", (3, 2, 3, 24), {"patch": (14, 14), "stride": 7}),
+    "pixel_embed patch=6x9 c=17": (
+        "pixel_embed",
+        (2, 3, 2, 17),
+        {"patch": (6, 9), "stride": 4, "kernel": 9, "channels": 5},
+    ),
+    "pixel_embed channels=1": ("pixel_embed", (3, 3, 3, 24), {"channels": 1}),
+    "pixel_embed channels=4": ("pixel_embed", (3, 3, 3, 24), {"channels": 4}),
+    "pixel_embed one image": ("pixel_embed", (1, 1, 1, 24), {}),
+    "pixel_embed no image": ("pixel_embed", (0, 2, 3, 24), {}),
+    "pixel_embed weight alone": ("pixel_embed", (3, 2, 3, 24), {"bias": False, "position": False}),
 }
 # One for each operation, where sizes do not matter.
 USUAL = (
     "inner_block c=24", "inner_attention", "inner_mlp", "word_to_sentence d=384", "outer_block d=384",
+    "pixel_embed c=24",
 )  # fmt: skip
+
+
+def backends(op: str) -> tuple[str, ...]:
+    """The backends with kernels of an operation for GPUs."""
+    return ("cuda", BACKEND) if op in CUDA_OPS else (BACKEND,)
+
+
+# Cases, each with every backend that it is to run on.
+RUNS = [(case, backend) for case in CASES for backend in backends(CASES[case][0])]
+USUAL_RUNS = [(case, backend) for case, backend in RUNS if case in USUAL]
 
 
 def make(case: str, dtype: torch.dtype = torch.float32) -> tuple[str, Given]:
@@ -136,8 +198,16 @@ def plain(op: str, given: Mapping[str, Any]) -> Tensor:
     return out.to(given["tokens"].dtype)
 
 
-def ours(op: str, given: Mapping[str, Any], autocast: torch.dtype | None = None) -> Tensor:
-    with torch.no_grad(), use_backend(BACKEND), autocasting(given, autocast):
+def upstream(op: str, given: Mapping[str, Any]) -> Tensor:
+    """A random gradient of the result."""
+    with torch.no_grad():
+        return torch.randn_like(plain(op, given))
+
+
+def ours(
+    op: str, given: Mapping[str, Any], autocast: torch.dtype | None = None, backend: str = BACKEND
+) -> Tensor:
+    with torch.no_grad(), use_backend(backend), autocasting(given, autocast):
         return public(op)(**given)
 
 
@@ -157,9 +227,13 @@ def exactly(given: Mapping[str, Any]) -> Given:
 
 
 def our_gradients(
-    op: str, given: Mapping[str, Any], grad: Tensor, autocast: torch.dtype | None = None
+    op: str,
+    given: Mapping[str, Any],
+    grad: Tensor,
+    autocast: torch.dtype | None = None,
+    backend: str = BACKEND,
 ) -> dict[str, Tensor]:
-    with use_backend(BACKEND):
+    with use_backend(backend):
         return gradients(public(op), given, grad, autocast=autocast)
 
 

@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import DEVICE, USUAL, make, our_gradients, ours, public
+from gpu_cases import DEVICE, USUAL, USUAL_RUNS, make, our_gradients, ours, public, upstream
 from oracle import on_device
 
 from tnt_kernels.dispatch import can_run_triton, choose
 
 
-@pytest.mark.parametrize("case", USUAL)
-def test_kernels_go_to_the_current_stream(case: str) -> None:
+@pytest.mark.parametrize(("case", "backend"), USUAL_RUNS)
+def test_kernels_go_to_the_current_stream(case: str, backend: str) -> None:
     op, given = make(case)
-    expected, first = ours(op, given), next(iter(given))
+    expected, first = ours(op, given, backend=backend), next(iter(given))
     stream = torch.cuda.Stream()
     late = torch.zeros_like(given[first])
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # a kernel on another stream would read the zeros
         late.copy_(given[first])
-        out = ours(op, {**given, first: late})
+        out = ours(op, {**given, first: late}, backend=backend)
     stream.synchronize()
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("case", USUAL)
-def test_several_gpus_in_one_process(case: str) -> None:
+@pytest.mark.parametrize(("case", "backend"), USUAL_RUNS)
+def test_several_gpus_in_one_process(case: str, backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     op, given = make(case)
     there = on_device(given, "cuda:1")
-    grad = torch.randn_like(given["tokens" if "tokens" in given else "x"])
+    grad = upstream(op, given)
     assert torch.cuda.current_device() == 0
-    out = ours(op, there)
+    out = ours(op, there, backend=backend)
     assert out.device == torch.device("cuda:1")
     assert torch.cuda.current_device() == 0
-    assert torch.equal(out.to("cuda:0"), ours(op, given))
-    here = our_gradients(op, given, grad)
-    for name, gradient in our_gradients(op, there, grad.to("cuda:1")).items():
+    assert torch.equal(out.to("cuda:0"), ours(op, given, backend=backend))
+    here = our_gradients(op, given, grad, backend=backend)
+    found = our_gradients(op, there, grad.to("cuda:1"), backend=backend)
+    for name, gradient in found.items():
         assert torch.equal(gradient.to("cuda:0"), here[name]), name
 
 
@@ -46,8 +47,8 @@ def test_several_gpus_in_one_process(case: str) -> None:
 def test_tensors_on_different_devices_are_refused(case: str) -> None:
     op, given = make(case)
     others = ["cpu"] + ["cuda:1"] * (torch.cuda.device_count() > 1)
-    for name in ("norm1_weight", "norm_weight"):
-        for other in others if name in given else ():
+    for name in ("norm1_weight", "norm_weight", "bias"):
+        for other in others if given.get(name) is not None else ():
             with pytest.raises((TypeError, ValueError), match=rf"{name}.*{other}"):
                 public(op)(**{**given, name: given[name].to(other)})
 

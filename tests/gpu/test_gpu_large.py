@@ -10,6 +10,7 @@ from gpu_cases import (
     BACKEND,
     DEVICE,
     MAKERS,
+    backends,
     eager_and_exact,
     exactly,
     our_gradients,
@@ -36,19 +37,25 @@ def ends(given: dict[str, Any], first: bool) -> dict[str, Any]:
     return {**given, "x": given["x"][:PIECE] if first else given["x"][-PIECE:]}
 
 
-def test_more_than_65535_sentences() -> None:
-    for op, sizes in (("inner_block", (70_001, 16, 24, 4)), ("word_to_sentence", (359, 196, 16, 24, 384))):
-        given = on_device(MAKERS[op](*sizes, dtype=torch.float32), DEVICE)
-        assert next(iter(given.values())).shape[0] > 65_535
-        eager, exact = eager_and_exact(op, given)
-        assert_as_accurate(ours(op, given), eager, exact, what=op)
-        del eager, exact
-        stream = given["tokens" if "tokens" in given else "x"]
-        grad = torch.randn_like(stream)
-        found, eagers = our_gradients(op, given, grad), plain_gradients(op, given, grad)
-        for name, gradient in found.items():  # float64 would need tens of gigabytes
-            scale = eagers[name].abs().max()
-            assert (gradient - eagers[name]).abs().max() <= 1e-3 * scale, name
+@pytest.mark.parametrize(
+    ("op", "sizes", "backend"),
+    [
+        ("inner_block", (70_001, 16, 24, 4), BACKEND),
+        ("word_to_sentence", (359, 196, 16, 24, 384), BACKEND),
+        *(("pixel_embed", (359, 14, 14, 24), backend) for backend in backends("pixel_embed")),
+    ],
+)
+def test_more_than_65535_sentences(op: str, sizes: tuple[int, ...], backend: str) -> None:
+    given = on_device(MAKERS[op](*sizes, dtype=torch.float32), DEVICE)
+    eager, exact = eager_and_exact(op, given)
+    assert eager.shape[:-1].numel() > 65_535
+    assert_as_accurate(ours(op, given, backend=backend), eager, exact)
+    grad = torch.randn_like(eager)
+    del eager, exact
+    found, eagers = our_gradients(op, given, grad, backend=backend), plain_gradients(op, given, grad)
+    for name, gradient in found.items():  # float64 would need tens of gigabytes
+        scale = eagers[name].abs().max()
+        assert (gradient - eagers[name]).abs().max() <= 1e-3 * scale, name
 
 
 def test_more_than_2_to_31_elements() -> None:
@@ -92,3 +99,27 @@ def test_projection_of_more_than_2_to_31_elements() -> None:
         piece = {**given, "words": words, "tokens": given["tokens"][images]}
         eager, exact = eager_and_exact("word_to_sentence", piece)
         assert_as_accurate(out[images], eager, exact)
+
+
+@pytest.mark.parametrize("backend", backends("pixel_embed"))
+def test_images_of_more_than_2_to_31_elements(backend: str) -> None:
+    batch, size = 2**31 // (3 * 224 * 224) + 3, 14 * 16
+    needs_gib(batch * 3 * size * size * 2 * 5 / 2**30)
+    given = on_device(MAKERS["pixel_embed"](1, 14, 14, 24, dtype=torch.bfloat16), DEVICE)
+    given["image"] = torch.empty(batch, 3, size, size, dtype=torch.bfloat16, device=DEVICE).normal_()
+    out = ours("pixel_embed", given, backend=backend)
+    grad = torch.empty_like(out).normal_()
+    with use_backend(backend):
+        image = given["image"].requires_grad_()
+        (found,) = torch.autograd.grad(public("pixel_embed")(**given), image, grad)
+    for images in (slice(0, 4), slice(-4, None)):
+        piece = {**given, "image": image.detach()[images]}
+        eager, exact = eager_and_exact("pixel_embed", piece)
+        of_piece = out.view(batch, -1, 24)[images].view_as(eager)
+        assert_as_accurate(of_piece, eager, exact)
+        of_piece = grad.view(batch, -1, 24)[images].view_as(eager)
+        eagers = plain_gradients("pixel_embed", piece, of_piece)
+        exacts = plain_gradients("pixel_embed", exactly(piece), of_piece.double())
+        assert_gradients_as_accurate(
+            {"image": found[images]}, {"image": eagers["image"]}, {"image": exacts["image"]}
+        )

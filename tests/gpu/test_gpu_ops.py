@@ -5,27 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_cases import (
-    CASES,
     DEVICE,
-    USUAL,
+    RUNS,
+    USUAL_RUNS,
     eager_and_exact,
     exactly,
     make,
     our_gradients,
     ours,
     plain_gradients,
+    upstream,
 )
 from gradients import assert_gradients_as_accurate
 from oracle import PRECISIONS, assert_as_accurate, assert_same_special_values
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", CASES)
-def test_forward(case: str, precision: str) -> None:
+@pytest.mark.parametrize(("case", "backend"), RUNS)
+def test_forward(case: str, backend: str, precision: str) -> None:
     dtype, autocast = PRECISIONS[precision]
     op, given = make(case, dtype)
     eager, exact = eager_and_exact(op, given, autocast)
-    out = ours(op, given, autocast)
+    out = ours(op, given, autocast, backend)
     assert out.dtype == eager.dtype
     assert out.device.type == DEVICE
     assert out.is_contiguous()
@@ -33,51 +34,52 @@ def test_forward(case: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", CASES)
-def test_gradients(case: str, precision: str) -> None:
+@pytest.mark.parametrize(("case", "backend"), RUNS)
+def test_gradients(case: str, backend: str, precision: str) -> None:
     dtype, autocast = PRECISIONS[precision]
     op, given = make(case, dtype)
-    grad = torch.randn_like(given["tokens" if "tokens" in given else "x"])
+    grad = upstream(op, given)
     assert_gradients_as_accurate(
-        our_gradients(op, given, grad, autocast),
+        our_gradients(op, given, grad, autocast, backend),
         plain_gradients(op, given, grad, autocast),
         plain_gradients(op, exactly(given), grad.double()),
     )
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast_bfloat16"])
-@pytest.mark.parametrize("case", USUAL)
-def test_the_same_bits_every_run(case: str, precision: str) -> None:
+@pytest.mark.parametrize(("case", "backend"), USUAL_RUNS)
+def test_the_same_bits_every_run(case: str, backend: str, precision: str) -> None:
     dtype, autocast = PRECISIONS[precision]
     op, given = make(case, dtype)
-    grad = torch.randn_like(given["tokens" if "tokens" in given else "x"])
-    out, found = ours(op, given, autocast), our_gradients(op, given, grad, autocast)
+    grad = upstream(op, given)
+    out = ours(op, given, autocast, backend)
+    found = our_gradients(op, given, grad, autocast, backend)
     for _ in range(3):
-        assert torch.equal(ours(op, given, autocast), out)
-        for name, gradient in our_gradients(op, given, grad, autocast).items():
+        assert torch.equal(ours(op, given, autocast, backend), out)
+        for name, gradient in our_gradients(op, given, grad, autocast, backend).items():
             assert torch.equal(gradient, found[name]), name
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("case", USUAL)
-def test_special_values_stand_where_eager_has_them(case: str, value: float) -> None:
+@pytest.mark.parametrize(("case", "backend"), USUAL_RUNS)
+def test_special_values_stand_where_eager_has_them(case: str, backend: str, value: float) -> None:
     op, given = make(case)
-    name = next(name for name in ("x", "words", "tokens") if name in given)
+    name = next(name for name in ("x", "words", "tokens", "image") if name in given)
     given[name][1, 1, 1] = value
     eager, _ = eager_and_exact(op, given)
     assert eager.isnan().any()
-    assert_same_special_values(ours(op, given), eager)
+    assert_same_special_values(ours(op, given, backend=backend), eager)
 
 
-@pytest.mark.parametrize("case", USUAL)
-def test_any_strides(case: str) -> None:
+@pytest.mark.parametrize(("case", "backend"), USUAL_RUNS)
+def test_any_strides(case: str, backend: str) -> None:
     op, given = make(case)
     strided = {
         name: value.repeat_interleave(2, 0)[::2] if isinstance(value, torch.Tensor) else value
         for name, value in given.items()
     }
     assert not all(value.is_contiguous() for value in strided.values() if isinstance(value, torch.Tensor))
-    assert torch.equal(ours(op, strided), ours(op, given))
+    assert torch.equal(ours(op, strided, backend=backend), ours(op, given, backend=backend))
 
 
 def test_tf32_is_torchs_switch() -> None:
