@@ -4,10 +4,10 @@
     python benchmarks/gpu_check.py --output DIR --dry-run     # lists the steps
     python benchmarks/gpu_check.py --output DIR --only tests  # steps whose names begin so
 
-Tests, compute-sanitizer, kernels against their floors, models in inference and training, tuner. Each step
-runs in a process with a time limit: one that fails or hangs leaves the others. DIR gets summary.md,
-gpu_check.json and result files after every step, and logs/. Exit status: 0 where all steps are ok, 1 where
-one is not, 2 without a GPU.
+Tests, compute-sanitizer, kernels against their floors, the pixel embedding against other ways to compute it,
+models in inference and training, tuner. Each step runs in a process with a time limit: one that fails or
+hangs leaves the others. DIR gets summary.md, gpu_check.json and result files after every step, and logs/.
+Exit status: 0 where all steps are ok, 1 where one is not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from tnt_kernels.bench.results import table
 from tnt_kernels.bench.steps import Outcome, Step
 
 SECONDS = 520  # for everything
-SHARDS = 8  # processes that share the tests
+SHARDS = 10  # processes that share the tests
 SMALL_TESTS = [
-    f"tests/gpu/test_gpu_ops.py::test_{what}[{case}-float32]"
+    f"tests/gpu/test_gpu_ops.py::test_{what}[{case}-triton-float32]"
     for what in ("forward", "gradients")
     for case in ("inner_block m=9 c=10", "inner_block c=24", "word_to_sentence m=9 c=10", "outer_block d=384")
 ]
@@ -54,7 +54,14 @@ def stages(output: Path) -> list[list[Step]]:
             Step(f"tests-{i}", (*PYTEST, "tests/gpu", "--ignore", LARGE, "--shard", f"{i}/{SHARDS}"), 220)
             for i in range(1, SHARDS + 1)
         ),
-        *(_sanitizer(tool) for tool in ("memcheck", "racecheck")),
+        *(
+            _sanitizer(tool, "triton", *PYTEST[1:], *SMALL_TESTS)
+            for tool in ("memcheck", "racecheck")  # PyTorch's own kernels run there too
+        ),
+        *(
+            _sanitizer(tool, "cuda", "benchmarks/cuda_calls.py")
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
     ]
     # torch.compile takes a minute for each of these; what is compiled here is found in its cache later.
     warm = {
@@ -67,12 +74,16 @@ def stages(output: Path) -> list[list[Step]]:
         )
     }
     large = warm.pop("compile-training-tnt_b")
+    warm["compile-pixel_embed"] = Step(
+        "compile-pixel_embed", _program("pixel_embed.py", "--entries", "compile", "--repeats", "1"), 150
+    )
     timed = ("--rounds", "5")
     return [
         [_build()],
         [*checks, *warm.values()],
         [Step("tests-large", (*PYTEST, LARGE), 100), large],
         [Step("floors", _program("floors.py", "--output", str(output / "floors.json")), 90)],
+        [Step("pixel_embed", _program("pixel_embed.py", "--output", str(output / "pixel_embed.json")), 60)],
         *(
             [_models(output, f"models-{model}", 60, model, f"{eager} fast fast_graph deit", *timed)]
             for model in model_names
@@ -139,32 +150,38 @@ def _has_timm() -> bool:
 
 
 def _build() -> Step:
-    why_not = "" if native.load() is None else "the native module is built"
-    return Step("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 150, why_not)
+    """Builds for the present GPU alone: all architectures would take minutes."""
+    home = _toolkit_home()
+    built = native.load() is not None and (native.cuda() is not None or not home)
+    variables = {"CUDA_HOME": home} if home else {}
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        variables["TNT_CUDA_ARCHS"] = f"{major}.{minor}"
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    return Step("build", command, 150, "the native module is built" if built else "", variables)
 
 
-def _sanitizer(tool: str) -> Step:
-    program = shutil.which("compute-sanitizer") or _beside_nvcc()
-    command = (
-        program or "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        "--target-processes",
-        "all",
-    )
+def _toolkit_home() -> str:
+    """Folder of the CUDA toolkit, or nothing."""
+    nvcc = shutil.which("nvcc") or _in_toolkit("nvcc")
+    return os.environ.get("CUDA_HOME") or (str(Path(nvcc).parent.parent) if nvcc else "")
+
+
+def _sanitizer(tool: str, what: str, *command: str) -> Step:
+    """Python with these arguments under a tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer") or _in_toolkit("compute-sanitizer")
+    options = ("--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
     return Step(
-        f"sanitizer-{tool}",
-        (*command, sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *SMALL_TESTS),
+        f"sanitizer-{what}-{tool}",
+        (program or "compute-sanitizer", *options, sys.executable, *command),
         200,
         "" if program else "compute-sanitizer is not installed (it comes with the CUDA toolkit)",
         {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
 
 
-def _beside_nvcc() -> str:
-    found = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
+def _in_toolkit(name: str) -> str:
+    found = sorted(Path("/usr/local").glob(f"cuda*/bin/{name}"))
     return str(found[-1]) if found else ""
 
 
@@ -177,7 +194,7 @@ def _from_checkout(step: Step) -> Step:
 def documents(output: Path) -> dict[str, dict[str, Any]]:
     """The result files that there are, those of one kind joined."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in ("floors", "models", "training"):
+    for kind in ("floors", "models", "training", "pixel_embed"):
         for path in sorted(output.glob(f"{kind}*.json")):
             document = json.loads(path.read_text())
             if kind in found:

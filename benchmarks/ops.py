@@ -3,6 +3,7 @@
     python benchmarks/ops.py                                   # every op, sizes of TNT-S, TNT-B and c = 48
     python benchmarks/ops.py --op inner_block --tiers          # also every usable SIMD tier
     python benchmarks/ops.py --backward                        # forward + backward, gradients of all tensors
+    python benchmarks/ops.py --device cuda --op pixel_embed --batch 256      # CUDA C++ and Triton on a GPU
 
 The results go to benchmarks/results/ops-DEVICE.json, or ops-backward-DEVICE.json; `report.py` makes tables
 and plots of them.
@@ -52,7 +53,7 @@ def main() -> int:
         parser.error(str(error))
     document = run(
         cases,
-        arguments.baselines or list(ops.BASELINES if arguments.tiers else ops.DEFAULT_NAMES),
+        arguments.baselines or usual_baselines(arguments.device, arguments.tiers),
         rounds=arguments.rounds,
         threads=arguments.threads,
         with_memory=arguments.memory,
@@ -64,6 +65,12 @@ def main() -> int:
     print(results.report(document))
     print(f"\nwritten to {path}")
     return 1 if results.wrong(document) else 0
+
+
+def usual_baselines(device: str, tiers: bool) -> list[str]:
+    if device == "cuda":
+        return list(ops.GPU_NAMES)
+    return list(ops.CPU_NAMES if tiers else ops.DEFAULT_NAMES)
 
 
 if __name__ == "__main__":

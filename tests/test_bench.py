@@ -354,6 +354,33 @@ def test_gradients_of_every_trainable_op_pass_their_check(op, dtype):
             assert entry["check"]["group"]
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backends_for_gpus_do_not_run_on_the_cpu(backend):
+    document = engine.run(
+        [ops.OpCase("pixel_embed", "tnt_s", 1)], ["eager", backend], rounds=1, with_memory=False
+    )
+    entry = entry_of(document, backend)
+    assert (entry["status"], entry["reason"]) == ("not run", f"the {backend} backend is for GPUs")
+
+
+def test_backends_of_an_op_on_a_gpu(monkeypatch):
+    """Those that have kernels for it; the fastest of them is what the package takes by itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops.gpu, "why_unusable", lambda index: None)
+    monkeypatch.setattr(ops.gpu, "why_no_cuda", lambda index: None)
+    forced = []
+    monkeypatch.setattr(ops, "_runner", lambda case, function, backend: forced.append(backend))
+    for op in ("pixel_embed", "pixel_embed_legacy", "inner_mlp"):
+        case = ops.OpCase(op, "tnt_s", 1, device="cuda")
+        for name in ("fast", "triton"):
+            ops.BASELINES[name].build(case, Path())
+    assert forced == ["cuda", "triton", "cuda", "triton", "triton", "triton"]
+    with pytest.raises(NotRunError, match="the cuda backend has no kernel for inner_mlp"):
+        ops.BASELINES["cuda"].build(case, Path())
+    assert set(ops.GPU_NAMES) < set(ops.BASELINES)
+    assert set(ops.CPU_NAMES) == set(ops.BASELINES) - {"cuda", "triton"}
+
+
 def test_backward_gives_every_gradient_of_an_op():
     tensors, options = ops.arguments("inner_attention", "tnt_ti", 1)
     backward = ops.Backward(ops.OPS["inner_attention"].function, tensors, options, torch.float32)

@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tnt_kernels.bench import goals, models, steps, training
+from tnt_kernels.bench import floors, goals, models, pixel_embed, steps, training
+from tnt_kernels.bench.kernel_cases import KernelCase
 from tnt_kernels.bench.steps import FAILED, NOT_RUN, OK, TIMED_OUT, Outcome, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,17 +138,160 @@ def test_goals() -> None:
     assert verdicts["training step, times eager", "tnt_s"] == (3.2, "reached")
     assert verdicts["training step, peak memory over eager's", "tnt_s"] == (0.39, "reached")
     assert verdicts["training step, times compiled", "tnt_s"] == (None, "not measured")
+    assert verdicts["pixel_embed, us", "tnt_s"] == (None, "not measured")
     assert {goal.verdict for goal in goals.goals({})} == {"not measured"}
+
+
+def embedding(what: str, dtype: str = "bfloat16", model: str = "tnt_s", **times: float) -> dict[str, Any]:
+    """A result of benchmarks/pixel_embed.py."""
+    fields = {"model": model, "batch": goals.BATCH, "dtype": dtype, "pass": what}
+    return {**fields, "microseconds": times, "problems": {}}
+
+
+def test_goals_of_the_pixel_embedding() -> None:
+    document = {
+        "results": [
+            embedding("forward", "float32", cuda=1.0, eager=100.0),
+            embedding("forward", model="tnt_b", cuda=1.0, eager=100.0),
+            embedding("forward", cuda=81.0, triton=70.0, eager=324.0),
+            embedding("backward", cuda=100.0, eager=299.0),
+            embedding("backward with the image", triton=100.0, eager=900.0),
+        ]
+    }
+    found = {
+        goal.what: (goal.model, goal.value, goal.verdict) for goal in goals.goals({"pixel_embed": document})
+    }
+    assert found["pixel_embed, us"] == ("tnt_s", 81.0, "MISSED")
+    assert found["pixel_embed forward, times eager"] == ("tnt_s", 4.0, "reached")
+    assert found["pixel_embed backward, times eager"] == ("tnt_s", 2.99, "MISSED")
+    assert found["pixel_embed backward with the image, times eager"] == ("tnt_s", None, "not measured")
+
+
+def test_the_cuda_kernels_are_sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/toolkit/bin/{name}")
+    steps_ = {step.name: step for stage in gpu_check.stages(tmp_path) for step in stage}
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        step = steps_[f"sanitizer-cuda-{tool}"]
+        assert step.command[:3] == ("/toolkit/bin/compute-sanitizer", "--tool", tool)
+        assert step.command[-2:] == (sys.executable, "benchmarks/cuda_calls.py")
+        assert not step.why_not
+
+
+@pytest.mark.parametrize(
+    ("module", "cuda", "nvcc", "built"),
+    [(None, None, "", False), ("here", None, "", True), ("here", None, "/toolkit/bin/nvcc", False),
+     ("here", "here", "/toolkit/bin/nvcc", True)],
+)  # fmt: skip
+def test_the_build_is_for_this_gpu(
+    module: Any, cuda: Any, nvcc: str, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: nvcc)
+    monkeypatch.setattr(gpu_check, "_in_toolkit", lambda name: "")
+    monkeypatch.setattr(gpu_check.native, "load", lambda: module)
+    monkeypatch.setattr(gpu_check.native, "cuda", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    step = gpu_check._build()
+    assert bool(step.why_not) == built
+    assert step.variables == {"TNT_CUDA_ARCHS": "9.0"} | ({"CUDA_HOME": "/toolkit"} if nvcc else {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pixel_embedding_is_checked_before_it_is_timed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*tensors: torch.Tensor) -> torch.Tensor:
+        return pixel_embed.plain(*tensors) * 1.5
+
+    others = {"cpu": partial(pixel_embed.on_backend, "cpu"), "wrong": wrong}
+    for name, function in others.items():
+        entry = pixel_embed.Entry(name, lambda function=function: function, ours=True)
+        monkeypatch.setitem(pixel_embed.ENTRIES, name, entry)
+    calls: list[int] = []
+
+    def clock(call: Any, repeats: int) -> float:
+        call()
+        calls.append(repeats)
+        return 2e-6
+
+    names = ("cpu", "wrong", "eager", "channels_last", "cuda")
+    rows = pixel_embed.measure("tnt_s", dtype, 3, clock, repeats=7, names=names, device="cpu")
+    assert [row["pass"] for row in rows] == list(pixel_embed.PASSES)
+    assert calls == [7] * 9
+    for row in rows:
+        assert row["microseconds"] == pytest.approx({"cpu": 2.0, "eager": 2.0, "channels_last": 2.0})
+        assert set(row["problems"]) == {"wrong", "cuda"}
+        assert row["problems"]["wrong"].startswith("wrong: error ")
+        assert "not on a GPU" in row["problems"]["cuda"]
+    text = pixel_embed.report({"date": "2026-01-01", "results": rows})
+    assert "backward with the image" in text
+    assert "wrong: error" in text
+
+
+def test_floor_of_the_pixel_embedding() -> None:
+    """Of the image read and the words written, and of their products."""
+
+    def floor(**options: Any) -> floors.Floor:
+        case = KernelCase("pixel_embed", {"c": 24}, **options)
+        return floors.floor_of(case, torch.bfloat16, floors.PEAKS["H100"], ())
+
+    image, words = 256 * 3 * 224 * 224, 256 * 196 * 16 * 24
+    assert floor().memory == pytest.approx((image + words) * 2 / 3.0e12)
+    assert floor().arithmetic == pytest.approx(words * 147 * 2 / 600e12)
+    assert floor(backward=True, only="weight") == floor()
+    assert floor(backward=True).memory == pytest.approx((2 * image + words) * 2 / 3.0e12)
+    assert floor(backward=True).arithmetic == pytest.approx(2 * floor().arithmetic)
+    assert floor().issue is None
+
+
+@pytest.mark.parametrize("program", ["pixel_embed", "cuda_calls"])
+def test_programs_without_a_gpu(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{program}.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{program}: torch sees no GPU\n"
+
+
+def test_the_calls_that_are_sanitized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the kernels for CPUs in place of those for GPUs."""
+    cuda_calls = load("benchmarks/cuda_calls.py")
+    seen = []
+
+    def forward(*arguments: Any) -> torch.Tensor:
+        image, weight, *_, compute_dtype = arguments
+        seen.append((weight.shape[0], image.dtype, compute_dtype, torch.backends.cuda.matmul.allow_tf32))
+        return torch.ops.tnt_kernels.pixel_embed.default(*arguments)
+
+    monkeypatch.setattr(cuda_calls.cuda, "pixel_embed", forward)
+    monkeypatch.setattr(
+        cuda_calls.cuda, "pixel_embed_backward", torch.ops.tnt_kernels.pixel_embed_backward.default
+    )
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(cuda_calls.gpu, "why_no_cuda", lambda index: None)
+    monkeypatch.setattr(sys, "argv", ["cuda_calls.py"])
+    assert cuda_calls.main() == 0
+    assert {c for c, *_ in seen} >= {12, 24, 40, 48, 37, 70}
+    assert {tuple(rest) for _, *rest in seen} == set(cuda_calls.PRECISIONS)
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_the_plan_names_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tests/gpu")
-    from gpu_cases import CASES
+    from gpu_cases import RUNS
 
     plan = [step for stage in gpu_check.stages(tmp_path) for step in stage]
     assert len({step.name for step in plan}) == len(plan)
     for step in plan:
         names = list(step.command)
+        if "--entries" in names:
+            assert names[names.index("--entries") + 1] in pixel_embed.ENTRIES
         if "--baselines" in names:
             known = training.BASELINES if "--train" in names else models.BASELINES
             given = names[names.index("--baselines") + 1 :]
@@ -156,7 +301,9 @@ def test_the_plan_names_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
             if name.startswith(("benchmarks/", "tests/")):
                 assert (ROOT / name.split("::")[0]).exists(), name
     for test in gpu_check.SMALL_TESTS:
-        assert test.split("[")[1].removesuffix("-float32]") in CASES
+        *case, backend, precision = test.split("[")[1].removesuffix("]").split("-")
+        assert ("-".join(case), backend) in RUNS
+        assert precision == "float32"
 
 
 def test_results_become_a_summary(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tnt_kernels.bench.resources import Row
 from tnt_kernels.bench.results import table
 
 WORDS = 16
+_KERNEL, _STRIDE = 7, 4  # of the pixel embedding
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,19 @@ def work(case: KernelCase) -> tuple[float, float]:
     """Elements that a pass reads and writes, and its floating-point operations.
 
     A backward pass reads the input and a gradient and writes one; it computes the forward pass again, and two
-    products for each of its own.
+    products for each of its own. That of the pixel embedding computes nothing again, and where the weight's
+    gradient alone is wanted it writes next to nothing.
     """
     c, d = case.sizes.get("c", 0), case.sizes.get("d", 0)
     words = float(case.sizes.get("s", SENTENCES) * case.sizes.get("m", WORDS))
     tokens = float(TOKENS[0] * TOKENS[1])
     attention, mlp = 4 * c * c + 2 * case.sizes.get("m", WORDS) * c, 8 * c * c  # products of a word
+    if case.op == "pixel_embed":
+        # 3 channels and a stride of 4 over patches of 16: 3 pixels for each word and each row of its square.
+        image, products = words * 3 * _STRIDE * _STRIDE, words * c * 3 * _KERNEL * _KERNEL
+        if not case.backward:
+            return image + words * c, 2 * products
+        return (image + words * c, 2 * products) if case.only else (2 * image + words * c, 4 * products)
     elements, products = {
         "inner_block": (2 * words * c, words * (attention + mlp)),
         "inner_attention": (2 * words * c, words * attention),

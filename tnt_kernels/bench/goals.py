@@ -40,10 +40,13 @@ WIDTHS = {"tnt_s": 24, "tnt_b": 40}
 INFERENCE = {"eager": (3.5, 3.5), "compiled": (2.0, 2.0), "compiled DeiT": (0.75, 1.1)}
 TRAINING = {"eager": (3.0, 3.0), "compiled": (1.7, 1.7)}
 MEMORY = (0.4, 0.4)
+# Of the pixel embedding of TNT-S, by its CUDA kernels, tensors of bfloat16: microseconds, and times eager.
+PIXEL_EMBED = 80.0
+PIXEL_EMBED_TIMES = {"forward": 4.0, "backward": 3.0, "backward with the image": 3.0}
 
 
 def goals(documents: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
-    """Every goal; `documents` are result files by their kind: "floors", "models", "training".
+    """Every goal; `documents` are result files by their kind: "floors", "models", "training", "pixel_embed".
 
     Goals of a document that is missing are not measured.
     """
@@ -61,6 +64,19 @@ def goals(documents: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
             found.append(Goal(f"training step, times {name}", model, limits[i], False, value))
         value = _ratio(documents.get("training"), model, "peak_mib", ("fast",), EAGER)
         found.append(Goal("training step, peak memory over eager's", model, MEMORY[i], True, value))
+    return [*found, *_pixel_embed(documents.get("pixel_embed"))]
+
+
+def _pixel_embed(document: Mapping[str, Any] | None) -> list[Goal]:
+    times: dict[str, Mapping[str, float]] = {}
+    for result in (document or {}).get("results", ()):
+        if (result["model"], result["batch"], result["dtype"]) == ("tnt_s", BATCH, "bfloat16"):
+            times[result["pass"]] = result["microseconds"]
+    found = [Goal("pixel_embed, us", "tnt_s", PIXEL_EMBED, True, times.get("forward", {}).get("cuda"))]
+    for name, goal in PIXEL_EMBED_TIMES.items():
+        mine, eager = (times.get(name, {}).get(entry) for entry in ("cuda", "eager"))
+        value = eager / mine if mine and eager else None
+        found.append(Goal(f"pixel_embed {name}, times eager", "tnt_s", goal, False, value))
     return found
 
 

@@ -30,7 +30,7 @@ from tnt_kernels.bench.cases import (
 )
 from tnt_kernels.bench.gradients import by_size
 from tnt_kernels.bench.sizes import IMAGE_SIZE, SENTENCES, WORDS, Size, size_of
-from tnt_kernels.dispatch import use_backend
+from tnt_kernels.dispatch import CUDA_OPS, use_backend
 
 Arguments = tuple[tuple[Tensor | None, ...], dict[str, Any]]
 
@@ -279,10 +279,33 @@ def _compiled(case: OpCase, artifacts: Path) -> Runner:
 
 
 def _fast(case: OpCase, artifacts: Path) -> Runner:
-    why = gpu.why_unusable(0) if case.device == "cuda" else native.why_missing()
+    if case.device == "cuda":
+        best = "cuda" if _why_not("cuda", case) is None else "triton"
+        return _on_gpu(best)(case, artifacts)
+    why = native.why_missing()
     if why is not None:
         raise NotRunError(why)
-    return _runner(case, OPS[case.op].function, "triton" if case.device == "cuda" else "cpu")
+    return _runner(case, OPS[case.op].function, "cpu")
+
+
+def _why_not(backend: str, case: OpCase) -> str | None:
+    """Why a backend for GPUs does not run a case, or None."""
+    if case.device != "cuda":
+        return f"the {backend} backend is for GPUs"
+    if backend == "triton":
+        return gpu.why_unusable(0)
+    op = OPS[case.op].function.__name__
+    return gpu.why_no_cuda(0) if op in CUDA_OPS else f"the cuda backend has no kernel for {op}"
+
+
+def _on_gpu(backend: str) -> Callable[[OpCase, Path], Runner]:
+    def build(case: OpCase, artifacts: Path) -> Runner:
+        why = _why_not(backend, case)
+        if why is not None:
+            raise NotRunError(why)
+        return _runner(case, OPS[case.op].function, backend)
+
+    return build
 
 
 def _tier(tier: str) -> Callable[[OpCase, Path], Runner]:
@@ -301,7 +324,11 @@ BASELINES: dict[str, Baseline] = {
         Baseline("eager", "eager PyTorch", _eager),
         Baseline("compile", "torch.compile", _compiled),
         Baseline("fast", "tnt_kernels", _fast, ours=True),
+        Baseline("cuda", "tnt_kernels, CUDA C++", _on_gpu("cuda"), ours=True),
+        Baseline("triton", "tnt_kernels, Triton", _on_gpu("triton"), ours=True),
         *(Baseline(f"tier_{tier}", f"tnt_kernels, {tier}", _tier(tier), ours=True) for tier in TIERS),
     )
 }
 DEFAULT_NAMES = ("eager", "compile", "fast")
+GPU_NAMES = ("eager", "compile", "cuda", "triton")
+CPU_NAMES = (*DEFAULT_NAMES, *(f"tier_{tier}" for tier in TIERS))
