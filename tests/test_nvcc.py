@@ -130,7 +130,10 @@ GOOD: dict[str, Any] = {
         ({"stride": 5, "legacy": True}, "legacy needs stride"),
         ({"params": [0, 0, 0]}, "weight is needed"),
         ({"image": 0}, "image must not be null"),
-        ({"image_dtype": 3}, "dtype code"),
+        ({"image_dtype": 4}, "dtype code"),
+        ({"image_dtype": 3, "scale": [1.0] * 2, "shift": [0.0] * 3}, "scale and shift of every channel"),
+        ({"image_dtype": 3, "channels": 9}, "too many channels"),
+        ({"batch": 1 << 40}, "more patches, words or taps"),
         ({"patch_h": 1 << 32, "height": 1 << 32}, "patch must fit 32 bits"),
     ],
 )
