@@ -138,13 +138,13 @@ int64_t field_bytes() {
 }
 
 // Blocks on a multiprocessor, 0: as many as ptxas thinks best, which for 16-bit operands costs it spills.
-template <class T>
+template <class T, int kTiles>
 constexpr TNT_HOST_DEVICE int blocks_at_a_time() {
-  return Mma<T>::kDepth == 16 ? 4 : 0;
+  return Mma<T>::kDepth != 16 ? 0 : kTiles <= 3 ? 4 : 3;
 }
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kWarps* kLanes, blocks_at_a_time<T>())
+__global__ void __launch_bounds__(kWarps* kLanes, blocks_at_a_time<T, kTiles>())
     pixel_embed_kernel(const PixelEmbed args, const Patches patches, const Packed packed, bool units,
                        int warp_bytes) {
   typedef typename Mma<T>::Element Element;
