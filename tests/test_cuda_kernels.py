@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -76,6 +77,8 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("no g++")
     library = tmp_path_factory.mktemp("cuda") / "emulated.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    if os.environ.get("TNT_SANITIZE"):  # threads are fibers, which AddressSanitizer does not know
+        flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
     includes = [f"-I{ROOT / 'tests/cuda'}", f"-I{ROOT / 'csrc/cuda'}"]
     defines = [request.param] if request.param else []
     sources = ["-x", "c++", *map(str, SOURCES)]
