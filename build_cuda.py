@@ -195,6 +195,11 @@ def _try(toolkit: Toolkit, compiler: list[str]) -> None:
         for command in (compile_it, link_it):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                lines = (done.stderr + done.stdout).splitlines()
-                telling = [line.strip() for line in lines if re.search("error|cannot find", line)]
-                raise Unusable(f"{command[0]} fails on a small program: {(telling or ['no message'])[0]}")
+                host = os.environ.get("NVCC_CCBIN")
+                name = f"{command[0]} with NVCC_CCBIN={host}" if host else command[0]
+                raise Unusable(f"{name} fails on a small program: {_telling_line(done.stderr + done.stdout)}")
+
+
+def _telling_line(shown: str) -> str:
+    lines = [line.strip() for line in shown.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in lines if re.search("error|fatal|cannot find", line)), lines[0])

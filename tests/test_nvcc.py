@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_builds import build, compiled, make_small_tree, output
+from small_builds import build, compiled, make_small_tree, nvcc_variables, output
 
 import tnt_kernels
 from tnt_kernels import native
@@ -57,8 +57,7 @@ def test_build_and_rebuild(tmp_path: Path) -> None:
     (tree / "csrc/cuda/answer.h").write_text("#define ANSWER 42\n")
     (tree / "csrc/cuda/pixel_embed.cu").write_text(KERNEL)
     (tree / "csrc/cuda_bindings.cpp").write_text(CUDA_BINDINGS)
-    variables = {"TNT_BUILD_CUDA": "1", "PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""}
-    variables |= {name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ}
+    variables = {**nvcc_variables(), "TNT_BUILD_CUDA": "1", "CUDA_VISIBLE_DEVICES": ""}
     strict = {"NVCC_APPEND_FLAGS": "-Werror all-warnings"}
     assert "pixel_embed_cuda" in compiled(build(tree, **variables, **strict))
     script = "import tnt_kernels._native as n; print(n.cuda_answer())"
