@@ -135,8 +135,8 @@ def choose_architectures(wanted: str, known: set[int]) -> list[int]:
 
     Raises ValueError for one that nvcc does not know.
     """
-    names = re.split(r"[\s,;]+", wanted.strip())
-    if names == [""]:
+    names = re.findall(r"[^\s,;]+", wanted)
+    if not names:
         return [number for number in ARCHITECTURES if number in known]
     found: set[int] = set()
     for name in names:

@@ -285,7 +285,9 @@ class BuildNative(build_ext):
         toolkit = find_toolkit(compiler)
         (folder / "build.ninja").write_text(ninja_file(compiler, toolkit, output))
         if subprocess.run([ninja, "-C", str(folder), "-j", str(processes)]).returncode:
-            fail("the native module did not compile, see above; TNT_BUILD_CPU=0 installs without it")
+            ways_out = "TNT_BUILD_CUDA=0 leaves out the CUDA kernels, " if toolkit else ""
+            ways_out += "TNT_BUILD_CPU=0 installs without it"
+            fail(f"the native module did not compile, see above; {ways_out}")
 
 
 setup(
