@@ -19,7 +19,7 @@ train-demo: $(VENV)/.programs native
 # nvcc the summary says which tests were NOT RUN.
 test: export TNT_BUILD_AMX_EMULATION = 1
 test: export TNT_BUILD_CPU = 1
-test: export NVCC_APPEND_FLAGS += -Werror all-warnings
+test: export NVCC_APPEND_FLAGS += -Werror all-warnings -Xptxas=--warn-on-spills
 test: $(VENV)/.test native
 	$(BIN)/python -m pytest -rs --no-skips -m ''
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -rs --no-skips tests/interpreter
