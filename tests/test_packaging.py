@@ -209,15 +209,12 @@ def native_file(python: Path) -> Path:
 @linux
 @pytest.mark.network
 def test_the_wheel_repairs_cleanly(wheel: Path, repaired: Path) -> None:
-    assert re.search(r"-manylinux_2_\d+_\w+\.whl$", repaired.name)
+    assert "-manylinux_2_" in repaired.name
 
-    def contents(path: Path) -> set[str]:
-        return set(zipfile.ZipFile(path).namelist())
+    def files(path: Path) -> set[str]:
+        return {name for name in zipfile.ZipFile(path).namelist() if not name.endswith("/")}
 
-    grown = contents(repaired) - contents(wheel)
-    assert {name for name in grown if ".dist-info/" not in name} == set(), (
-        "libraries were copied into the wheel"
-    )
+    assert files(repaired) == files(wheel), "auditwheel copied libraries into the wheel"
 
 
 @pytest.mark.network
