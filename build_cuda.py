@@ -39,20 +39,30 @@ class Toolkit(NamedTuple):
     """An nvcc that works."""
 
     nvcc: str
-    version: str  # such as "13.0"
+    release: tuple[int, int]  # (13, 0)
     host: list[str]  # flags that choose the host compiler
     architectures: list[int]  # 90 for sm_90; PTX too for the last of them
     libraries: list[str]  # link flags
 
     @property
     def flags(self) -> list[str]:
-        return [*self.host, *COMMON_FLAGS, *gpu_flags(self.architectures)]
+        return [*self.host, *COMMON_FLAGS, compression(self.release), *gpu_flags(self.architectures)]
 
     @property
     def defines(self) -> list[str]:
         """What cuda_bindings.cpp tells of the build."""
+        major, minor = self.release
         numbers = ",".join(map(str, self.architectures))
-        return [f'-DTNT_CUDA_VERSION="{self.version}"', f"-DTNT_CUDA_ARCHITECTURES={numbers}"]
+        return [f'-DTNT_CUDA_VERSION="{major}.{minor}"', f"-DTNT_CUDA_ARCHITECTURES={numbers}"]
+
+
+def compression(release: tuple[int, int]) -> str:
+    """Machine code for seven GPUs is most of the module and packs to an eighth.
+
+    The stronger mode needs a driver of CUDA 12.4 or later. What CUDA 12 builds may meet an older one; what
+    CUDA 13 builds would not run there anyway.
+    """
+    return "--compress-mode=size" if release >= (13, 0) else "-Xfatbin=-compress-all"
 
 
 def gpu_flags(architectures: list[int]) -> list[str]:
@@ -79,7 +89,7 @@ def find_toolkit(compiler: list[str]) -> Toolkit:
     known = {int(code) for code in re.findall(r"^sm_(\d+)$", _output(nvcc, "--list-gpu-code"), re.MULTILINE)}
     toolkit = Toolkit(
         nvcc,
-        f"{major}.{minor}",
+        (major, minor),
         host_flags(compiler),
         choose_architectures(os.environ.get("TNT_CUDA_ARCHS", ""), known),
         [*_library_folders(nvcc), "-lcudart_static", "-lpthread", "-ldl", "-lrt"],
@@ -125,8 +135,8 @@ def choose_architectures(wanted: str, known: set[int]) -> list[int]:
 
     Raises ValueError for one that nvcc does not know.
     """
-    names = re.split(r"[\s,;]+", wanted.strip())
-    if names == [""]:
+    names = re.findall(r"[^\s,;]+", wanted)
+    if not names:
         return [number for number in ARCHITECTURES if number in known]
     found: set[int] = set()
     for name in names:
@@ -171,28 +181,25 @@ def _library_folders(nvcc: str) -> list[str]:
     shown = subprocess.run([nvcc, "-dryrun", "none.cu"], capture_output=True, text=True).stderr
     folders = re.findall(r'"-L([^"]*)"', shown)
     folders += [str(Path(top, "lib")) for top in re.findall(r"TOP=(.*)", shown)]
-    return [f"-L{Path(folder).resolve()}" for folder in folders if Path(folder).is_dir()]
+    found = (Path(folder).resolve() for folder in folders if Path(folder).is_dir())
+    return [f"-L{folder}" for folder in dict.fromkeys(found)]
 
 
 def _try(toolkit: Toolkit, compiler: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "probe.cu"), Path(folder, "probe.o")
         source.write_text(PROBE)
-        newest = gpu_flags(toolkit.architectures[-1:])
-        compile_it = [
-            toolkit.nvcc,
-            *toolkit.host,
-            *COMMON_FLAGS,
-            *newest,
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
+        newest = toolkit._replace(architectures=toolkit.architectures[-1:])  # one is enough to see
+        compile_it = [toolkit.nvcc, *newest.flags, "-c", str(source), "-o", str(target)]
         link_it = [*compiler, str(target), *toolkit.libraries, "-o", str(target.with_suffix(""))]
         for command in (compile_it, link_it):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                lines = (done.stderr + done.stdout).splitlines()
-                telling = [line.strip() for line in lines if re.search("error|cannot find", line)]
-                raise Unusable(f"{command[0]} fails on a small program: {(telling or ['no message'])[0]}")
+                host = os.environ.get("NVCC_CCBIN")
+                name = f"{command[0]} with NVCC_CCBIN={host}" if host else command[0]
+                raise Unusable(f"{name} fails on a small program: {_telling_line(done.stderr + done.stdout)}")
+
+
+def _telling_line(shown: str) -> str:
+    lines = [line.strip() for line in shown.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in lines if re.search("error|fatal|cannot find", line)), lines[0])

@@ -173,7 +173,7 @@ def link_flags(compiler: list[str], sanitizers: list[str]) -> list[str]:
     source = "#include <string>\nint main() { return std::string().size(); }\n"
     if not sanitizers and compiles(compiler, static, source):
         flags += static
-    return flags
+    return flags if sanitizers else [*flags, "-s"]  # no names of local symbols
 
 
 def ninja_path(path: str | Path) -> str:
@@ -226,20 +226,21 @@ def ninja_file(compiler: list[str], toolkit: build_cuda.Toolkit | None, output: 
         f"  command = {command} $in {ninja_command(link)} -o $out",
         "  description = link $out",
     ]
+    objects = list(units)
+    if toolkit is not None:  # before the others: these take longest, and ninja begins at the top
+        lines += cuda_lines(toolkit)
+        objects += cuda_objects()
     for target, (source, flags) in units.items():
         lines.append(f"build {target}: compile {ninja_path(ROOT / source)}")
         lines.append(f"  flags = {ninja_command(flags)}")
-    objects = list(units)
-    if toolkit is not None:
-        lines += cuda_lines(toolkit)
-        objects += cuda_objects()
     lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
 def cuda_objects() -> dict[str, Path]:
-    """Every source of csrc/cuda by the object it becomes."""
-    return {f"{path.stem}_cuda.o": path for path in sorted(ROOT.glob("csrc/cuda/*.cu"))}
+    """Every source of csrc/cuda, the longest first, by the object it becomes."""
+    sources = sorted(ROOT.glob("csrc/cuda/*.cu"), key=lambda path: (-path.stat().st_size, path))
+    return {f"{path.stem}_cuda.o": path for path in sources}
 
 
 def cuda_lines(toolkit: build_cuda.Toolkit) -> list[str]:
@@ -284,7 +285,9 @@ class BuildNative(build_ext):
         toolkit = find_toolkit(compiler)
         (folder / "build.ninja").write_text(ninja_file(compiler, toolkit, output))
         if subprocess.run([ninja, "-C", str(folder), "-j", str(processes)]).returncode:
-            fail("the native module did not compile, see above; TNT_BUILD_CPU=0 installs without it")
+            ways_out = "TNT_BUILD_CUDA=0 leaves out the CUDA kernels, " if toolkit else ""
+            ways_out += "TNT_BUILD_CPU=0 installs without it"
+            fail(f"the native module did not compile, see above; {ways_out}")
 
 
 setup(

@@ -3,13 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <climits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cuda/device.h"
-#include "cuda/pixel_embed.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -31,6 +32,8 @@ int type_of(int code) {
   return code;
 }
 
+int image_type_of(int code) { return code == tnt::cuda::kUint8 ? code : type_of(code); }
+
 int small(int64_t size, const char* what) {
   need(size >= 1 && size <= INT_MAX, what);
   return static_cast<int>(size);
@@ -50,7 +53,8 @@ PixelEmbed pixel_embed(uintptr_t image, int image_dtype, const std::vector<int64
                        int64_t channels, int64_t height, int64_t width, const std::vector<uintptr_t>& params,
                        const std::vector<int>& param_dtypes, uintptr_t out, int out_dtype, int compute_dtype,
                        bool allow_tf32, int64_t c, int64_t kernel, int64_t patch_h, int64_t patch_w,
-                       int64_t stride, bool legacy) {
+                       int64_t stride, bool legacy, const std::vector<float>& scale,
+                       const std::vector<float>& shift) {
   need(strides.size() == 4, "pixel_embed: four strides needed");
   need(params.size() == 3 && param_dtypes.size() == 3, "pixel_embed: weight, bias and position needed");
   need(batch >= 0 && channels >= 1 && height >= 1 && width >= 1 && c >= 1,
@@ -62,31 +66,42 @@ PixelEmbed pixel_embed(uintptr_t image, int image_dtype, const std::vector<int64
        "pixel_embed: legacy needs stride to divide patch");
   need(params[0] != 0, "pixel_embed: weight is needed");
   need(batch == 0 || image != 0, "pixel_embed: image must not be null");
-  return {pointer(image),
-          type_of(image_dtype),
-          {strides[0], strides[1], strides[2], strides[3]},
-          batch,
-          channels,
-          height,
-          width,
-          pointer(params[0]),
-          type_of(param_dtypes[0]),
-          pointer(params[1]),
-          type_of(param_dtypes[1]),
-          pointer(params[2]),
-          type_of(param_dtypes[2]),
-          nullptr,
-          nullptr,
-          pointer(out),
-          type_of(out_dtype),
-          type_of(compute_dtype),
-          allow_tf32,
-          c,
-          small(kernel, "pixel_embed: kernel must fit 32 bits"),
-          small(patch_h, "pixel_embed: patch must fit 32 bits"),
-          small(patch_w, "pixel_embed: patch must fit 32 bits"),
-          small(stride, "pixel_embed: stride must fit 32 bits"),
-          legacy};
+  if (image_dtype == tnt::cuda::kUint8) {
+    need(channels <= tnt::cuda::kMostByteChannels, "pixel_embed: a uint8 image has too many channels");
+    need(static_cast<int64_t>(scale.size()) == channels && static_cast<int64_t>(shift.size()) == channels,
+         "pixel_embed: scale and shift of every channel needed");
+  }
+  PixelEmbed args{pointer(image),
+                  image_type_of(image_dtype),
+                  {strides[0], strides[1], strides[2], strides[3]},
+                  batch,
+                  channels,
+                  height,
+                  width,
+                  pointer(params[0]),
+                  type_of(param_dtypes[0]),
+                  pointer(params[1]),
+                  type_of(param_dtypes[1]),
+                  pointer(params[2]),
+                  type_of(param_dtypes[2]),
+                  pointer(out),
+                  type_of(out_dtype),
+                  type_of(compute_dtype),
+                  allow_tf32,
+                  c,
+                  small(kernel, "pixel_embed: kernel must fit 32 bits"),
+                  small(patch_h, "pixel_embed: patch must fit 32 bits"),
+                  small(patch_w, "pixel_embed: patch must fit 32 bits"),
+                  small(stride, "pixel_embed: stride must fit 32 bits"),
+                  legacy,
+                  {},
+                  {}};
+  if (image_dtype == tnt::cuda::kUint8) {
+    std::copy(scale.begin(), scale.end(), args.scale);
+    std::copy(shift.begin(), shift.end(), args.shift);
+  }
+  need(tnt::cuda::is_valid(args), "pixel_embed: more patches, words or taps than 32 bits count");
+  return args;
 }
 
 PixelEmbedGradients pixel_embed_gradients(uintptr_t grad, int grad_dtype, uintptr_t image, int image_dtype,
@@ -100,6 +115,7 @@ PixelEmbedGradients pixel_embed_gradients(uintptr_t grad, int grad_dtype, uintpt
 void bind_cuda(py::module_& native) {
   py::module_ module = native.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
   module.attr("version") = TNT_CUDA_VERSION;
+  module.attr("most_byte_channels") = tnt::cuda::kMostByteChannels;  // channels of a uint8 image
   module.attr("architectures") = std::vector<int>{TNT_CUDA_ARCHITECTURES};
   module.def("probe", [] { call(tnt::cuda::probe); });
   py::class_<PixelEmbedGradients>(module, "PixelEmbedGradients")
@@ -110,7 +126,8 @@ void bind_cuda(py::module_& native) {
            py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("params"),
            py::arg("param_dtypes"), py::arg("out"), py::arg("out_dtype"), py::arg("compute_dtype"),
            py::arg("allow_tf32"), py::arg("c"), py::arg("kernel"), py::arg("patch_h"), py::arg("patch_w"),
-           py::arg("stride"), py::arg("legacy"))
+           py::arg("stride"), py::arg("legacy"), py::arg("scale") = std::vector<float>{},
+           py::arg("shift") = std::vector<float>{})
       .def("workspace", &tnt::cuda::pixel_embed_workspace)
       .def(
           "run",

@@ -164,4 +164,4 @@ def _seed(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.end(main())

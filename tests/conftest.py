@@ -1,14 +1,13 @@
 """What every test gets: fixed seeds, torch.empty filled with NaN, and global settings put back.
 
-Folders of tests that need another process or machine are left out where they cannot run, and the summary says
-so: they do not count as skipped.
+Tests that need another process or machine are left out where they cannot run, and the summary says so: they
+do not count as skipped.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import build_cuda
 from tnt_kernels import native
 from tnt_kernels.models import fused
 
@@ -32,25 +32,35 @@ def _tiers() -> list[tuple[str, str]]:
     return module.tiers() if module is not None else []
 
 
+def _why_no_nvcc() -> str | None:
+    try:
+        build_cuda.find_nvcc()
+    except build_cuda.Unusable as error:
+        return str(error)
+    return None
+
+
 USABLE_TIERS = [name for name, why in _tiers() if not why]
 
-
 TESTS = Path(__file__).resolve().parent
-NVCC = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
+NEED_NVCC = (TESTS / "test_nvcc.py", TESTS / "compile/test_cuda_resources.py")
+WHY_NO_NVCC = _why_no_nvcc()
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _left_out: dict[str, str] = {}  # what was met and not collected, and why
 
 
 def _why_left_out(path: Path) -> str | None:
-    """Why a file or folder of this folder cannot run in this process, or None."""
+    """Why a file or folder of tests cannot run in this process, or None."""
+    if path in NEED_NVCC and WHY_NO_NVCC is not None and not INTERPRETING:
+        return WHY_NO_NVCC
+    if path.parent != TESTS:
+        return None
     if path.name == "interpreter":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         return None if INTERPRETING else "run them with TRITON_INTERPRET=1 pytest tests/interpreter"
     if INTERPRETING:
         return "every kernel is interpreted, under TRITON_INTERPRET=1"
-    if path.name == "test_nvcc.py" and not NVCC:
-        return "no nvcc on PATH or in CUDA_HOME"
     if path.name == "compile" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if path.name == "gpu" and not torch.cuda.is_available():
@@ -59,13 +69,18 @@ def _why_left_out(path: Path) -> str | None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    if collection_path.parent != TESTS:
-        return None
     why = _why_left_out(collection_path)
     if why is None:
         return None
-    _left_out["*.py" if collection_path.is_file() else collection_path.name] = why
+    every_file = INTERPRETING and collection_path.is_file()
+    _left_out["*.py" if every_file else str(collection_path.relative_to(TESTS))] = why
     return True
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    left = sum(item.get_closest_marker("network") is not None for item in items)
+    if left:
+        _left_out[f"*.py, {left} that download"] = "run them with -m network"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

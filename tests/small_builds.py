@@ -67,6 +67,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, **changes}
 
 
+def nvcc_variables() -> dict[str, str]:
+    """What `environment` leaves out and a build needs to find the nvcc of this process."""
+    return {name: os.environ[name] for name in ("PATH", "CUDA_HOME", "CUDA_PATH") if name in os.environ}
+
+
 def run(*command: str | Path, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment(**changes), capture_output=True, text=True

@@ -22,7 +22,7 @@ case "$*" in
   --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_86\\nsm_87\\nsm_89\\nsm_90\\n' ;;
   -dryrun*) echo "#\\$ TOP=$here/.." >&2 ;;
   *)
-    UNSUPPORTED
+    FAILURE
     while [ $# -gt 0 ]; do
       case "$1" in -o) target=$2 ;; *.cu) source=$1 ;; -MF) depfile=$2 ;; esac
       shift
@@ -44,10 +44,10 @@ void bind_cuda(pybind11::module_& m) {
 """
 
 
-def make_toolkit(home: Path, release: str = "12.4", unsupported: bool = False) -> Path:
+def make_toolkit(home: Path, release: str = "12.4", failure: str = "") -> Path:
     (home / "bin").mkdir(parents=True)
     (home / "lib").mkdir()
-    script = NVCC.replace("RELEASE", release).replace("UNSUPPORTED", UNSUPPORTED if unsupported else "")
+    script = NVCC.replace("RELEASE", release).replace("FAILURE", failure)
     (home / "bin/nvcc").write_text(script)
     (home / "bin/nvcc").chmod(0o755)
     subprocess.run(["ar", "rc", home / "lib/libcudart_static.a"], check=True)
@@ -118,6 +118,7 @@ def test_kernels_for_every_gpu_that_nvcc_knows(tree: Path, toolkit: Path) -> Non
     flags = [word for word in compilation(toolkit).split() if word.startswith("-gencode")]
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (75, 80, 86, 89, 90)]
     assert flags == [*codes, "-gencode=arch=compute_90,code=compute_90"]
+    assert "-Xfatbin=-compress-all" in compilation(toolkit)
     assert compiled(build(tree, TNT_BUILD_CUDA="1", CUDA_HOME=str(toolkit))) == set()
     # Another choice compiles what it concerns.
     result = build(tree, CUDA_HOME=str(toolkit), TNT_CUDA_ARCHS="8.6")
@@ -135,24 +136,44 @@ def test_skipped_where_it_is_not_wanted(tree: Path, toolkit: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("release", "unsupported", "message"),
+    ("release", "failure", "message"),
     [
-        ("11.8", False, "is of CUDA 11.8; 12.4 is the oldest supported"),
-        ("12.3", False, "is of CUDA 12.3; 12.4 is the oldest supported"),
+        ("11.8", "", "is of CUDA 11.8; 12.4 is the oldest supported"),
+        ("12.3", "", "is of CUDA 12.3; 12.4 is the oldest supported"),
         (
             "12.8",
-            True,
+            UNSUPPORTED,
             "fails on a small program: host_config.h:1:2: error: #error -- unsupported GNU version!",
         ),
     ],
 )
 def test_an_nvcc_that_does_not_do(
-    tree: Path, tmp_path: Path, release: str, unsupported: bool, message: str
+    tree: Path, tmp_path: Path, release: str, failure: str, message: str
 ) -> None:
-    home = make_toolkit(tmp_path / "toolkit", release, unsupported)
+    home = make_toolkit(tmp_path / "toolkit", release, failure)
     result = build(tree, CUDA_HOME=str(home), TNT_BUILD_CUDA="1")
     assert result.returncode != 0
     assert result.stderr == f"tnt_kernels: TNT_BUILD_CUDA=1, but {home}/bin/nvcc {message}\n"
+
+
+def test_a_host_compiler_that_fails(tree: Path, tmp_path: Path) -> None:
+    """The words are nvcc's own where its host compiler does nothing."""
+    words = "nvcc fatal   : Failed to preprocess host compiler properties."
+    home = make_toolkit(
+        tmp_path / "toolkit", failure=f'[ -z "$NVCC_CCBIN" ] || {{ echo "{words}" >&2; exit 1; }}'
+    )
+    result = build(tree, CUDA_HOME=str(home), NVCC_CCBIN="/bin/false")
+    why = f"{home}/bin/nvcc with NVCC_CCBIN=/bin/false fails on a small program: {words}"
+    assert said(result) == [f"tnt_kernels: {why}: built without CUDA kernels, GPUs run those of Triton"]
+    assert "Traceback" not in result.stderr
+    assert modules(tree)
+    assert "pixel_embed_cuda" in compiled(build(tree, CUDA_HOME=str(home)))
+
+
+def test_cuda_13_packs_harder(tree: Path, tmp_path: Path) -> None:
+    home = make_toolkit(tmp_path / "toolkit", release="13.0")
+    compiled(build(tree, CUDA_HOME=str(home)))
+    assert "--compress-mode=size" in compilation(home)
 
 
 def test_without_the_static_runtime(tree: Path, toolkit: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_builds import build, compiled, make_small_tree, output
+from small_builds import build, compiled, make_small_tree, nvcc_variables, output
 
 import tnt_kernels
 from tnt_kernels import native
@@ -57,8 +57,7 @@ def test_build_and_rebuild(tmp_path: Path) -> None:
     (tree / "csrc/cuda/answer.h").write_text("#define ANSWER 42\n")
     (tree / "csrc/cuda/pixel_embed.cu").write_text(KERNEL)
     (tree / "csrc/cuda_bindings.cpp").write_text(CUDA_BINDINGS)
-    variables = {"TNT_BUILD_CUDA": "1", "PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""}
-    variables |= {name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ}
+    variables = {**nvcc_variables(), "TNT_BUILD_CUDA": "1", "CUDA_VISIBLE_DEVICES": ""}
     strict = {"NVCC_APPEND_FLAGS": "-Werror all-warnings"}
     assert "pixel_embed_cuda" in compiled(build(tree, **variables, **strict))
     script = "import tnt_kernels._native as n; print(n.cuda_answer())"
@@ -130,7 +129,10 @@ GOOD: dict[str, Any] = {
         ({"stride": 5, "legacy": True}, "legacy needs stride"),
         ({"params": [0, 0, 0]}, "weight is needed"),
         ({"image": 0}, "image must not be null"),
-        ({"image_dtype": 3}, "dtype code"),
+        ({"image_dtype": 4}, "dtype code"),
+        ({"image_dtype": 3, "scale": [1.0] * 2, "shift": [0.0] * 3}, "scale and shift of every channel"),
+        ({"image_dtype": 3, "channels": 9}, "too many channels"),
+        ({"batch": 1 << 40}, "more patches, words or taps"),
         ({"patch_h": 1 << 32, "height": 1 << 32}, "patch must fit 32 bits"),
     ],
 )

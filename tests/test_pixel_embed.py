@@ -23,6 +23,8 @@ from oracle import (
     run,
 )
 
+from tnt_kernels import ops
+
 OP = "pixel_embed"
 
 
@@ -49,6 +51,16 @@ def embed_arguments(
         "stride": stride,
         "legacy": legacy,
     }
+
+
+BYTES = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+NORMAL: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def normalized(image: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """As torchvision does it."""
+    mean, std = (torch.tensor(NORMAL[name], dtype=dtype).view(3, 1, 1) for name in ("mean", "std"))
+    return (image.to(dtype) / 255 - mean) / std
 
 
 def by_hand(values: dict[str, Any]) -> torch.Tensor:
@@ -269,6 +281,35 @@ def test_float64() -> None:
         run(OP, values, backend="cpu")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_uint8_with_mean_and_std(backend: str, precision: str, legacy: bool, needs_native: None) -> None:
+    dtype, autocast = PRECISIONS[precision]
+    values = {**arguments(OP, dtype), "legacy": legacy}
+    pixels = normalized(BYTES, torch.float32).to(dtype)
+    eager, _ = eager_and_exact(OP, {**values, "image": pixels}, autocast)
+    _, exact = eager_and_exact(OP, {**in_dtype(values, torch.float64), "image": normalized(BYTES)})
+    out = run(OP, {**values, "image": BYTES, **NORMAL}, autocast, backend=backend)
+    assert out.dtype == eager.dtype
+    assert_as_accurate(out, eager, exact)
+
+
+def test_uint8_in_training_and_compiled(needs_native: None) -> None:
+    values = {**arguments(OP), "image": BYTES, **NORMAL}
+    names = ("weight", "bias", "position")
+    gradients = []
+    for image, normal in ((BYTES, NORMAL), (normalized(BYTES, torch.float32), {})):
+        given = {**arguments(OP), **{name: values[name].clone().requires_grad_() for name in names}}
+        out = ops.pixel_embed(**{**given, "image": image, **normal})
+        gradients.append(torch.autograd.grad(out.square().sum(), [given[name] for name in names]))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    compiled = torch.compile(ops.pixel_embed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**values), ops.pixel_embed(**values))
+    torch.library.opcheck(operator(OP), (*operator_arguments(OP, values), *NORMAL.values()))
+
+
 BAD = [
     ({"image": None}, TypeError, r"image must be a tensor of shape \[images, channels.*NoneType"),
     (
@@ -276,7 +317,18 @@ BAD = [
         ValueError,
         r"image must be a tensor of shape .*got shape \[3, 32, 48\]",
     ),
-    ({"image": torch.ones(2, 3, 32, 48).byte()}, ValueError, "image must be of dtype float32.*uint8"),
+    ({"image": torch.ones(2, 3, 32, 48).int()}, ValueError, "image must be of dtype float32.*int32"),
+    ({"image": torch.ones(2, 3, 32, 48).byte()}, ValueError, "mean must be 3 numbers for .* uint8, got None"),
+    ({"image": torch.ones(3, 32, 48).byte(), **NORMAL}, ValueError, "image must be a tensor of shape"),
+    ({"image": BYTES, **NORMAL, "mean": (0.5, 0.5)}, ValueError, r"mean must be 3 numbers .*\(0.5, 0.5\)"),
+    ({"image": BYTES, **NORMAL, "std": (1.0, 0.0, 1.0)}, ValueError, r"std must be positive, got \(1.0, 0.0"),
+    ({"image": BYTES, **NORMAL, "std": (1.0, float("nan"), 1.0)}, ValueError, "std must be finite numbers"),
+    ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean must be None for an image that is not of dtype uint8"),
+    (
+        {"image": BYTES, **NORMAL, "weight": torch.ones(24, 3, 7, 7, device="meta")},
+        ValueError,
+        "weight must be on cpu.*meta",
+    ),
     ({"image": torch.ones(2, 3, 33, 48)}, ValueError, "image must be .* patches of 16x16 divide, got 33x48"),
     ({"image": torch.ones(2, 3, 32, 8)}, ValueError, "image must be .* 16x16 divide, got 32x8"),
     ({"image": torch.ones(2, 3, 0, 16)}, ValueError, "image must be .* got 0x16"),

@@ -7,6 +7,7 @@ names the argument, what was given and what is needed. All of them can be traced
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -309,6 +310,27 @@ def check_gradient(
         raise error(op, "grad", f"{dtype} of shape {list(shape)} on {device}", given)
 
 
+def check_image(image: object, mean: object, std: object) -> None:
+    """Checks an image of pixel_embed: of a floating dtype, or of uint8 with mean and std."""
+    op = "pixel_embed"
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+        check_tensor(op, "image", image, IMAGE)
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None:
+                raise error(op, name, "None for an image that is not of dtype uint8", values)
+        return
+    if image.dim() != 4:
+        raise error(op, "image", f"a tensor of shape [{IMAGE}]", f"shape {list(image.shape)}")
+    channels = image.shape[1]
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, (tuple, list)) or len(values) != channels:
+            raise error(op, name, f"{channels} numbers for an image of dtype uint8", values)
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise error(op, name, "finite numbers", values)
+        if name == "std" and min(values, default=1) <= 0:
+            raise error(op, name, "positive", values)
+
+
 def check_pixel_embed(
     image: Tensor,
     weight: Tensor,
@@ -319,10 +341,12 @@ def check_pixel_embed(
     stride: int,
     legacy: bool,
     compute_dtype: torch.dtype | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> tuple[int, int, int]:
     """Returns the patches of an image, the words of a patch, and the channels of a word."""
     op = "pixel_embed"
-    check_tensor(op, "image", image, IMAGE)
+    check_image(image, mean, std)
     check_compute_dtype(op, image, compute_dtype)
     channels, height, width = image.shape[1], image.shape[2], image.shape[3]
     if patch_h < 1 or patch_w < 1:
@@ -346,9 +370,11 @@ def check_pixel_embed(
         raise error(op, "weight", f"of shape [c, {channels}, k, k] with k odd", f"shape {list(weight.shape)}")
     rows, columns = height // patch_h, width // patch_w
     m = -(-patch_h // stride) * -(-patch_w // stride)
+    if image.dtype == torch.uint8 and weight.device != image.device:
+        raise error(op, "weight", f"on {image.device} like the input", weight.device)
     check_parameters(
         op,
-        image,
+        weight if image.dtype == torch.uint8 else image,  # whose dtype the parameters have
         (("weight", weight, (c, channels, kernel, kernel)),),
         (("bias", bias, (c,)),),
         compute_dtype,

@@ -76,7 +76,7 @@ def stream_dtype(x: Tensor) -> torch.dtype:
 pixel_embed = _define(
     "pixel_embed",
     "(Tensor image, Tensor weight, Tensor? bias, Tensor? position, int patch_h, int patch_w, int stride, "
-    "bool legacy, ScalarType? compute_dtype) -> Tensor",
+    "bool legacy, ScalarType? compute_dtype, float[]? mean=None, float[]? std=None) -> Tensor",
     reference.pixel_embed_in,
 )
 inner_attention = _define(
@@ -149,11 +149,13 @@ def _(
     stride: int,
     legacy: bool,
     compute_dtype: torch.dtype | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     n, m, c = _checks.check_pixel_embed(
-        image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype
+        image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype, mean, std
     )
-    dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
+    dtype = reference.pixel_embed_dtype(image, weight, position, compute_dtype)
     return image.new_empty((image.shape[0] * n, m, c), dtype=dtype)
 
 

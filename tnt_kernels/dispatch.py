@@ -184,7 +184,7 @@ def _reason_of_call(
                 return f"a tensor is on {tensor.device}, not on the CPU"
         elif not tensor.is_cuda:
             return f"a tensor is on {tensor.device}, not on a GPU"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and (op, tensor.dtype) != ("pixel_embed", torch.uint8):
             return f"a tensor is of dtype {tensor.dtype}; float32, bfloat16 and float16 are supported"
     if backend == "cuda" and op not in CUDA_OPS:
         return f"the cuda backend has no kernel for {op}"

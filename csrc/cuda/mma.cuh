@@ -90,18 +90,15 @@ struct Mma16 {
 template <>
 struct Mma<BFloat16> : Mma16<BFloat16> {
   static constexpr bool kInstruction = true;
-  static TNT_DEVICE void multiply(float (&d)[4], const A& a, const B& b) {
-    mma_bfloat16(d, a.r, b.r);
-  }
+  static TNT_DEVICE void multiply(float (&d)[4], const A& a, const B& b) { mma_bfloat16(d, a.r, b.r); }
 };
 #else
 template <>
 struct Mma<BFloat16> : Mma16<BFloat16> {
   static constexpr bool kInstruction = false;
   static TNT_DEVICE void multiply(float (&d)[4], const A& a, const B& b) {
-    multiply_by_lanes<2>(d, a.r, b.r, [](uint32_t bits, int j) {
-      return as_float(j == 0 ? bits << 16 : bits & 0xffff0000u);
-    });
+    multiply_by_lanes<2>(
+        d, a.r, b.r, [](uint32_t bits, int j) { return as_float(j == 0 ? bits << 16 : bits & 0xffff0000u); });
   }
 };
 #endif

@@ -41,7 +41,6 @@ struct Numbers<Float16> {
 // One element of memory whose type is known at run time only.
 TNT_DEVICE float load_as_float(const void* from, int type, int64_t i) {
   if (type == kFloat32) return __ldg(static_cast<const float*>(from) + i);
-  if (type == kUint8) return to_float(__ldg(static_cast<const uint8_t*>(from) + i));
   const uint16_t bits = __ldg(static_cast<const uint16_t*>(from) + i);
   return type == kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
 }

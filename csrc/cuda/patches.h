@@ -28,7 +28,7 @@ struct Pixel {
 };
 
 struct Patches {
-  int64_t strides[4];  // elements: batch, channel, row, column
+  int64_t strides[4];             // elements: batch, channel, row, column
   int columns, per_image, total;  // patches across an image, of it, and in all
   int channels, height, width, kernel, pad, patch_h, patch_w, stride;
   int words_w, m;  // words across a patch, and in all

@@ -22,9 +22,8 @@ Packed packed_in(void* workspace, const Packing& packing) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(128)
-    pack_kernel(const PixelEmbed args, const Patches patches, const Packing packing, uint2* weight,
-                float4* words) {
+__global__ void __launch_bounds__(128) pack_kernel(const PixelEmbed args, const Patches patches,
+                                                   const Packing packing, uint2* weight, float4* words) {
   typedef Numbers<typename Mma<T>::Element> N;
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(i % kLanes), c = static_cast<int>(args.c);
@@ -103,7 +102,7 @@ TNT_DEVICE void put_pair(T* to, float x, float y) {
 // The words of `count` patches leave through shared memory, so that whole lines are written.
 template <class Out, int kPatches, int kTiles>
 TNT_DEVICE void write_words(const float (&sums)[kPatches][kTiles][4], void* out, int first, int count, int c,
-                             int lane, uint4* scratch) {
+                            int lane, uint4* scratch) {
   Out* words = reinterpret_cast<Out*>(scratch);
   __syncwarp();
 #pragma unroll
@@ -139,13 +138,13 @@ int64_t field_bytes() {
 }
 
 // Blocks on a multiprocessor, 0: as many as ptxas thinks best, which for 16-bit operands costs it spills.
-template <class T>
+template <class T, int kTiles>
 constexpr TNT_HOST_DEVICE int blocks_at_a_time() {
-  return Mma<T>::kDepth == 16 ? 4 : 0;
+  return Mma<T>::kDepth != 16 ? 0 : kTiles <= 3 ? 4 : 3;
 }
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kWarps* kLanes, blocks_at_a_time<T>())
+__global__ void __launch_bounds__(kWarps* kLanes, blocks_at_a_time<T, kTiles>())
     pixel_embed_kernel(const PixelEmbed args, const Patches patches, const Packed packed, bool units,
                        int warp_bytes) {
   typedef typename Mma<T>::Element Element;
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, blocks_at_a_time<T>())
     }
   }
   const Element* window = field + Field::window(sizeof(Element), lane / 4) + Operand::first_column(lane);
-#pragma unroll Mma<T>::kInstruction ? Operand::kSteps : 1
+#pragma unroll Mma < T> ::kInstruction ? Operand::kSteps : 1
   for (int step = 0; step < Operand::kSteps; ++step) {
     typename Mma<T>::A a[kPatches];
 #pragma unroll
@@ -231,7 +230,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 6)
       });
 #pragma unroll
       for (int tile = 0; tile < kPassTiles; ++tile) {
-          const int64_t at = (int64_t{step} * packing.tiles + pass + tile) * kLanes + lane;
+        const int64_t at = (int64_t{step} * packing.tiles + pass + tile) * kLanes + lane;
         Mma<T>::multiply(sums[tile], a, Mma<T>::unpack_b(__ldg(packed.weight + at)));
       }
     }

@@ -8,6 +8,8 @@ namespace cuda {
 
 enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUint8 = 3 };
 
+constexpr int kMostByteChannels = 8;  // channels that an image of kUint8 may have
+
 // Convolution of every patch on its own, plus the word position. Pointers are of the device.
 struct PixelEmbed {
   const void* image;  // [batch, channels, height, width], any strides
@@ -20,14 +22,14 @@ struct PixelEmbed {
   int bias_type;
   const void* position;  // [m, c] or null
   int position_type;
-  const float *scale, *shift;  // [channels] or null: what is convolved is pixel * scale + shift
-  void* out;                   // [batch * n, m, c], contiguous
+  void* out;  // [batch * n, m, c], contiguous
   int out_type;
   int compute_type;  // of the products' operands; kFloat32: TF32 in three parts, or FMA before sm_80
   bool allow_tf32;   // kFloat32 operands may be rounded to TF32
   int64_t c;
   int kernel, patch_h, patch_w, stride;
   bool legacy;  // the convolution sees the whole image, not the patch alone
+  float scale[kMostByteChannels], shift[kMostByteChannels];  // kUint8: pixel * scale + shift is convolved
 };
 
 // Gradients of a call; null where not asked for. They are overwritten.

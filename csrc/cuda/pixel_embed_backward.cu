@@ -28,9 +28,8 @@ struct Slices {
 };
 
 // sums[slice, i] = sum over the slice's patches of grad[patch, i], i < m * c.
-__global__ void __launch_bounds__(kThreads)
-    sum_words_kernel(const void* grad, int type, int size, int total, Slices slices, int blocks_across,
-                     float* sums) {
+__global__ void __launch_bounds__(kThreads) sum_words_kernel(const void* grad, int type, int size, int total,
+                                                             Slices slices, int blocks_across, float* sums) {
   const int slice = static_cast<int>(blockIdx.x) / blocks_across;
   const int i = static_cast<int>(blockIdx.x) % blocks_across * kThreads + static_cast<int>(threadIdx.x);
   if (i >= size) return;
@@ -44,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // out[i] = sum over the rows of from[row, i], i < size. A column is summed by 8 threads, 8 rows apart.
 constexpr int kParts = 8;
-__global__ void __launch_bounds__(kParts* kLanes) add_rows_kernel(const float* from, int rows, int64_t size,
-                                                                  float* out) {
+__global__ void __launch_bounds__(kParts* kLanes)
+    add_rows_kernel(const float* from, int rows, int64_t size, float* out) {
   float* parts = reinterpret_cast<float*>(shared_memory());  // [kParts, kLanes]
   const int lane = threadIdx.x % kLanes, part = threadIdx.x / kLanes;
   const int64_t i = int64_t{blockIdx.x} * kLanes + lane;
@@ -61,8 +60,8 @@ __global__ void __launch_bounds__(kParts* kLanes) add_rows_kernel(const float* f
 }
 
 // Rows of the product of a weight's gradient are taps, its inner dimension is words, its columns are
-// channels. TNT's own shape: a block's warps stage a patch each and the gradient of its words, then every warp
-// takes all of these patches and a share of the taps.
+// channels. TNT's own shape: a block's warps stage a patch each and the gradient of its words, then every
+// warp takes all of these patches and a share of the taps.
 constexpr int kTapTiles = (Field::kWindowRows * 8 + kRows - 1) / kRows;  // 11
 constexpr int kTilesOfWarp = (kTapTiles + kWarps - 1) / kWarps;          // 3
 
@@ -211,8 +210,7 @@ struct Reach {
 // One thread a pixel of a channel.
 __global__ void __launch_bounds__(kThreads, 8)
     image_gradient_kernel(const Patches patches, const void* grad, int grad_type, bool fours, int c,
-                          int pitch, const float* weight, const float* scale, void* out, int out_type,
-                          int blocks_of_plane) {
+                          int pitch, const float* weight, void* out, int out_type, int blocks_of_plane) {
   const int plane = static_cast<int>(blockIdx.x) / blocks_of_plane;  // image, channel
   const int64_t pixel = int64_t{static_cast<int>(blockIdx.x) % blocks_of_plane} * kThreads + threadIdx.x;
   const int size = patches.height * patches.width;
@@ -250,7 +248,6 @@ __global__ void __launch_bounds__(kThreads, 8)
       else
         for (int i = 0; i < c; ++i) sum += load_as_float(grad, grad_type, at + i) * __ldg(factors + i);
     }
-  if (scale != nullptr) sum *= __ldg(scale + channel);
   store_float(out, out_type, int64_t{plane} * size + pixel, sum);
 }
 
@@ -357,18 +354,19 @@ int image_gradient(const PixelEmbed& args, const PixelEmbedGradients& g, const P
                    const Layout& layout, void* workspace, void* stream) {
   float* turned = layout.at(workspace, layout.turned_at);
   const int c = static_cast<int>(args.c);
-  const int error = launch(turn_weight_kernel, ceil_div(int64_t{patches.inputs} * layout.pitch, kThreads),
-                           kThreads, 0, stream, args.weight, args.weight_type, patches.inputs, c,
-                           layout.pitch, turned);
+  const int error =
+      launch(turn_weight_kernel, ceil_div(int64_t{patches.inputs} * layout.pitch, kThreads), kThreads, 0,
+             stream, args.weight, args.weight_type, patches.inputs, c, layout.pitch, turned);
   if (error != 0) return error;
   const int64_t blocks = ceil_div(args.height * args.width, kThreads);
   return launch(image_gradient_kernel, args.batch * args.channels * blocks, kThreads, 0, stream, patches,
-                g.grad, g.grad_type, c % 4 == 0 && is_aligned(g.grad), c, layout.pitch, turned, args.scale,
-                g.image, g.image_type, static_cast<int>(blocks));
+                g.grad, g.grad_type, c % 4 == 0 && is_aligned(g.grad), c, layout.pitch, turned, g.image,
+                g.image_type, static_cast<int>(blocks));
 }
 
 bool is_valid(const PixelEmbed& args, const PixelEmbedGradients& g) {
-  return cuda::is_valid(args) && is_real(g.grad_type) && (g.image == nullptr || is_real(g.image_type));
+  return cuda::is_valid(args) && is_real(g.grad_type) &&
+         (g.image == nullptr || (is_real(args.image_type) && is_real(g.image_type)));
 }
 
 }  // namespace
@@ -396,8 +394,7 @@ int pixel_embed_backward(const PixelEmbed& args, const PixelEmbedGradients& g, v
     error = sum_words(args, g, patches, layout, workspace, stream);
   if (error == 0 && g.weight != nullptr)
     error = weight_gradient_of_type(args, g, patches, layout, workspace, stream);
-  if (error == 0 && g.image != nullptr)
-    error = image_gradient(args, g, patches, layout, workspace, stream);
+  if (error == 0 && g.image != nullptr) error = image_gradient(args, g, patches, layout, workspace, stream);
   return error;
 }
 

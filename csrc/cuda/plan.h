@@ -29,7 +29,7 @@ inline bool is_valid(const PixelEmbed& a) {
     return false;
   return a.image_type >= kFloat32 && a.image_type <= kUint8 && is_real(a.weight_type) &&
          is_real(a.bias_type) && is_real(a.position_type) && is_real(a.out_type) && is_real(a.compute_type) &&
-         (a.scale == nullptr) == (a.shift == nullptr);
+         (a.image_type != kUint8 || a.channels <= kMostByteChannels);
 }
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -112,7 +112,8 @@ TNT_DEVICE uint4* shared_memory() {
 // to where its result is used.
 TNT_DEVICE uint4 load_stream(const uint4* from, bool inside) {
   uint4 v;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\n"
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\n"
       "mov.u32 %3, 0;\n@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(from), "r"(static_cast<uint32_t>(inside))
@@ -121,7 +122,8 @@ TNT_DEVICE uint4 load_stream(const uint4* from, bool inside) {
 }
 TNT_DEVICE uint2 load_stream(const uint2* from, bool inside) {
   uint2 v;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\n"
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\n"
       "@p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n}"
       : "=&r"(v.x), "=&r"(v.y)
       : "l"(from), "r"(static_cast<uint32_t>(inside))

@@ -32,8 +32,7 @@ struct Unit {
   TNT_DEVICE void unpack(float (&x)[8]) const {
     const uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      x[i] = to_float(Image{static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16)});
+    for (int i = 0; i < 8; ++i) x[i] = to_float(Image{static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16)});
   }
 };
 template <>
@@ -63,19 +62,19 @@ struct Unit<uint8_t> {
   }
 };
 
-// Pixel values as the convolution takes them.
-struct Normal {
-  const float *scale, *shift;  // [channels] or null
-
-  TNT_DEVICE float operator()(float x, int channel) const {
-    return scale == nullptr ? x : x * __ldg(scale + channel) + __ldg(shift + channel);
-  }
-};
+// A pixel of a channel as the convolution takes it.
+template <class Image>
+TNT_DEVICE float normalized(const PixelEmbed& args, Image pixel, int channel) {
+  if constexpr (std::is_same<Image, uint8_t>::value)
+    return to_float(pixel) * args.scale[channel] + args.shift[channel];
+  return to_float(pixel);
+}
 
 // Rows that lie together: whole units, zeros beyond what the patch sees.
 template <class Image, class T>
-TNT_DEVICE void stage_units(const Patches& patches, const Patch& patch, const Image* image, Normal normal,
-                            int lane, T* field) {
+TNT_DEVICE void stage_units(const PixelEmbed& args, const Patches& patches, const Patch& patch, int lane,
+                            T* field) {
+  const Image* image = static_cast<const Image*>(args.image);
   constexpr int kRounds = (Field::kAllUnits + kLanes - 1) / kLanes;
   Unit<Image> units[kRounds];
   bool inside[kRounds];
@@ -91,24 +90,24 @@ TNT_DEVICE void stage_units(const Patches& patches, const Patch& patch, const Im
     const FieldUnit at(i * kLanes + lane);
     if (at.number >= Field::kAllUnits) continue;
     T* to = field + Field::at(sizeof(T), at.channel, at.row, at.column);
-    if constexpr (std::is_same<Image, T>::value && sizeof(T) == 2)
-      if (normal.scale == nullptr) {
-        *reinterpret_cast<uint4*>(to) = units[i].bits;
-        continue;
-      }
-    float x[8];
-    units[i].unpack(x);
-    if (normal.scale != nullptr && inside[i])
+    if constexpr (std::is_same<Image, T>::value && sizeof(T) == 2) {
+      *reinterpret_cast<uint4*>(to) = units[i].bits;
+    } else {
+      float x[8];
+      units[i].unpack(x);
+      if (std::is_same<Image, uint8_t>::value && inside[i])
 #pragma unroll
-      for (int j = 0; j < 8; ++j) x[j] = normal(x[j], at.channel);
-    store_unit(to, x);
+        for (int j = 0; j < 8; ++j) x[j] = x[j] * args.scale[at.channel] + args.shift[at.channel];
+      store_unit(to, x);
+    }
   }
 }
 
 // Any strides: pixel by pixel, in the order in which they lie.
 template <class Image, class T>
-TNT_DEVICE void stage_pixels(const Patches& patches, const Patch& patch, const Image* image, Normal normal,
-                             int lane, T* field) {
+TNT_DEVICE void stage_pixels(const PixelEmbed& args, const Patches& patches, const Patch& patch, int lane,
+                             T* field) {
+  const Image* image = static_cast<const Image*>(args.image);
   const float zeros[8] = {};
   for (int unit = lane; unit < Field::size(sizeof(T)) / Field::kUnit; unit += kLanes)
     store_unit(field + unit * Field::kUnit, zeros);
@@ -124,19 +123,17 @@ TNT_DEVICE void stage_pixels(const Patches& patches, const Patch& patch, const I
     if (!patches.sees(patch, row, column)) continue;
     const Image pixel = image[patches.offset(patch, channel, row, column)];
     field[Field::at(sizeof(T), channel, row, column)] =
-        Numbers<T>::from_float(normal(to_float(pixel), channel));
+        Numbers<T>::from_float(normalized(args, pixel, channel));
   }
 }
 
 template <class Image, class T>
 TNT_DEVICE void stage_as(const PixelEmbed& args, const Patches& patches, const Patch& patch, bool units,
                          int lane, T* field) {
-  const Image* image = static_cast<const Image*>(args.image);
-  const Normal normal{args.scale, args.shift};
   if (units)
-    stage_units(patches, patch, image, normal, lane, field);
+    stage_units<Image>(args, patches, patch, lane, field);
   else
-    stage_pixels(patches, patch, image, normal, lane, field);
+    stage_pixels<Image>(args, patches, patch, lane, field);
 }
 
 // A patch of TNT's own shape into a Field, by one warp. `units`: see can_stage_units.
@@ -160,8 +157,10 @@ TNT_DEVICE T gather(const PixelEmbed& args, const Patches& patches, const Patch&
   const Pixel pixel = patches.pixel(patch, word, tap);
   if (!pixel.inside) return Numbers<T>::from_float(0.0f);
   const int64_t at = patches.offset(patch, pixel.channel, pixel.row, pixel.column);
-  const Normal normal{args.scale, args.shift};
-  return Numbers<T>::from_float(normal(load_as_float(args.image, args.image_type, at), pixel.channel));
+  if (args.image_type != kUint8)
+    return Numbers<T>::from_float(load_as_float(args.image, args.image_type, at));
+  const uint8_t byte = __ldg(static_cast<const uint8_t*>(args.image) + at);
+  return Numbers<T>::from_float(normalized(args, byte, pixel.channel));
 }
 
 }  // namespace cuda

@@ -213,11 +213,14 @@ def pixel_embed(
     stride: int,
     legacy: bool,
     compute_dtype: torch.dtype | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     n, m, c = _checks.check_pixel_embed(
-        image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype
+        image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype, mean, std
     )
-    out_dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
+    image = reference.normalized(image, weight.dtype, mean, std)
+    out_dtype = reference.pixel_embed_dtype(image, weight, position, compute_dtype)
     if out_dtype == torch.float64 or not _native_runs(image):
         return reference.pixel_embed_in(
             image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype

@@ -54,12 +54,15 @@ def pixel_embed_backward(
     stride: int,
     legacy: bool,
     compute_dtype: torch.dtype | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> list[Tensor]:
-    tensors = (image, weight, bias, position)
     options = (patch_h, patch_w, stride, legacy)
-    n, m, c = _checks.check_pixel_embed(*tensors, *options, compute_dtype)
+    n, m, c = _checks.check_pixel_embed(image, weight, bias, position, *options, compute_dtype, mean, std)
+    image = reference.normalized(image, weight.dtype, mean, std)
+    tensors = (image, weight, bias, position)
     batch, channels, height, width = image.shape
-    out_dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
+    out_dtype = reference.pixel_embed_dtype(image, weight, position, compute_dtype)
     _checks.check_gradient("pixel_embed_backward", grad, (batch * n, m, c), out_dtype, image.device)
     if out_dtype == torch.float64 or not _native_runs(image):
         return _pixel_embed_by_autograd(grad, needed, *tensors, *options, compute_dtype)

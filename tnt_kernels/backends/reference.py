@@ -268,19 +268,49 @@ def _in_compute_dtype(
         return function(*args).to(out_dtype)
 
 
+def convolution_dtype(image: Tensor, weight: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype in which pixel_embed convolves: the image's, where that is of uint8 the weight's."""
+    if compute_dtype is not None:
+        return compute_dtype
+    return weight.dtype if image.dtype == torch.uint8 else image.dtype
+
+
 def pixel_embed_dtype(
-    image: Tensor, position: Tensor | None, compute_dtype: torch.dtype | None
+    image: Tensor, weight: Tensor, position: Tensor | None, compute_dtype: torch.dtype | None
 ) -> torch.dtype:
     """Dtype of pixel_embed's result: that of the convolution, widened by the position's."""
-    dtype = image.dtype if compute_dtype is None else compute_dtype
+    dtype = convolution_dtype(image, weight, compute_dtype)
     return dtype if position is None else torch.promote_types(dtype, position.dtype)
 
 
-def pixel_embed_in(
-    image: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, *args: Any
+def normalized(
+    image: Tensor, dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Tensor:
-    *options, compute_dtype = args
-    out_dtype = pixel_embed_dtype(image, position, compute_dtype)
+    """(image / 255 - mean) / std of an image of uint8, in a floating dtype; any other image as it is."""
+    if mean is None or std is None:
+        return image
+    wide = torch.promote_types(dtype, torch.float32)
+    # No tensor is made of the numbers: that would copy from the host, which CUDA graphs cannot.
+    pairs = enumerate(zip(mean, std, strict=True))
+    return torch.stack([image[:, i].to(wide) * (1 / (255 * s)) - m / s for i, (m, s) in pairs], 1).to(dtype)
+
+
+def pixel_embed_in(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    patch_h: int,
+    patch_w: int,
+    stride: int,
+    legacy: bool,
+    compute_dtype: torch.dtype | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    image = normalized(image, weight.dtype, mean, std)
+    out_dtype = pixel_embed_dtype(image, weight, position, compute_dtype)
+    options = (patch_h, patch_w, stride, legacy)
     return _in_compute_dtype(pixel_embed, compute_dtype, out_dtype, image, weight, bias, position, *options)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from tnt_kernels import _checks, _ops, dispatch
@@ -18,6 +20,8 @@ def pixel_embed(
     patch_size: int | tuple[int, int] = 16,
     stride: int = 4,
     legacy: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     """Cuts images into patches and convolves each into words: n sentences of m words an image.
 
@@ -25,7 +29,8 @@ def pixel_embed(
     whatever its strides; no patch is copied.
 
     Args:
-        image: [B, channels, height, width]; the patch size divides height and width; B may be zero.
+        image: [B, channels, height, width]; the patch size divides height and width; B may be zero. Of a
+            floating dtype, or of uint8 with mean and std.
         weight: [c, channels, k, k], k odd (7 in TNT); zeros pad k // 2 pixels on every side.
         bias: [c] or None.
         position: [1, m, c] or None, added to the words of every patch.
@@ -33,10 +38,12 @@ def pixel_embed(
         stride: of the convolution; m = ceil(patch height / stride) * ceil(patch width / stride).
         legacy: convolve the whole image, with zeros beyond the image's border alone, and cut the result
             into words (timm's first TNT); stride must divide the patch size.
+        mean, std: of the channels of an image of dtype uint8, in units of 255; what is convolved is then
+            (image / 255 - mean) / std. The CUDA kernels do this as they read the image.
 
     Returns:
-        [B * n, m, c], contiguous; patches and words row by row. The dtype is that of the image (of
-        autocast where it is active), widened by the position's.
+        [B * n, m, c], contiguous; patches and words row by row. The dtype is that of the image (of uint8:
+        the weight's; of autocast where it is active), widened by the position's.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device.
@@ -44,13 +51,12 @@ def pixel_embed(
 
     Source: "Transformer in Transformer", arXiv 2103.00112, section 2.2.
     """
-    patch_h, patch_w = _checks.pair("pixel_embed", "patch_size", patch_size)
-    _checks.check_tensor("pixel_embed", "image", image, _checks.IMAGE)
+    options = (*_checks.pair("pixel_embed", "patch_size", patch_size), stride, legacy)
+    _checks.check_image(image, mean, std)
     backend = dispatch.choose("pixel_embed", image, weight, bias, position)
     compute_dtype = compute_dtype_of(image)
     if backend != "reference":
-        return _ops.pixel_embed(
-            image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype
-        )
-    _checks.check_pixel_embed(image, weight, bias, position, patch_h, patch_w, stride, legacy, compute_dtype)
-    return reference.pixel_embed(image, weight, bias, position, patch_h, patch_w, stride, legacy)
+        return _ops.pixel_embed(image, weight, bias, position, *options, compute_dtype, mean, std)
+    _checks.check_pixel_embed(image, weight, bias, position, *options, compute_dtype, mean, std)
+    image = reference.normalized(image, weight.dtype, mean, std)
+    return reference.pixel_embed(image, weight, bias, position, *options)

@@ -8,6 +8,8 @@ stand for pixels beyond the border, that of the patch, or of the image in timm's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -187,13 +189,16 @@ def pixel_embed(
     stride: int,
     legacy: bool,
     compute_dtype: torch.dtype | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
-    tensors, options = (image, weight, bias, position), (patch_h, patch_w, stride, legacy)
-    n, m, c = _checks.check_pixel_embed(*tensors, *options, compute_dtype)
-    out_dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
+    options = (patch_h, patch_w, stride, legacy)
+    n, m, c = _checks.check_pixel_embed(image, weight, bias, position, *options, compute_dtype, mean, std)
+    image = reference.normalized(image, weight.dtype, mean, std)
+    out_dtype = reference.pixel_embed_dtype(image, weight, position, compute_dtype)
     dtype = image.dtype if compute_dtype is None else compute_dtype
     if not can_launch(image, dtype, out_dtype, n * m):
-        return reference.pixel_embed_in(*tensors, *options, compute_dtype)
+        return reference.pixel_embed_in(image, weight, bias, position, *options, compute_dtype)
     out = image.new_empty((image.shape[0] * n, m, c), dtype=out_dtype)
     if out.numel() == 0:
         return out

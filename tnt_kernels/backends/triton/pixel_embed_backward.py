@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -214,16 +213,31 @@ def _image_gradient(
 
 
 def pixel_embed_backward(
-    grad: Tensor, needed: Sequence[bool], image: Tensor, weight: Tensor, *args: Any
+    grad: Tensor,
+    needed: Sequence[bool],
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    patch_h: int,
+    patch_w: int,
+    stride: int,
+    legacy: bool,
+    compute_dtype: torch.dtype | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> list[Tensor]:
-    bias, position, *options, compute_dtype = args
-    n, m, c = _checks.check_pixel_embed(image, weight, *args)
-    out_dtype = reference.pixel_embed_dtype(image, position, compute_dtype)
+    options = (patch_h, patch_w, stride, legacy)
+    n, m, c = _checks.check_pixel_embed(image, weight, bias, position, *options, compute_dtype, mean, std)
+    image = reference.normalized(image, weight.dtype, mean, std)
+    out_dtype = reference.pixel_embed_dtype(image, weight, position, compute_dtype)
     shape = (image.shape[0] * n, m, c)
     _checks.check_gradient("pixel_embed_backward", grad, shape, out_dtype, image.device)
     dtype = image.dtype if compute_dtype is None else compute_dtype
     if not can_launch(image, dtype, out_dtype, n * m):
-        return COMPOSITES["pixel_embed_backward"](grad, needed, image, weight, *args)
+        return COMPOSITES["pixel_embed_backward"](
+            grad, needed, image, weight, bias, position, *options, compute_dtype
+        )
     tensors = (image, weight, bias, position)
     wanted = [tensor if wants else None for wants, tensor in zip(needed, tensors, strict=True)]
     if image.numel() == 0:
