@@ -26,13 +26,15 @@ SHAPES = [
     (2, 1, (2, 2), (8, 8), 2, 5, 70, True),
 ]
 LAYOUTS = ("contiguous", "channels_last", "misaligned")
-# Of the tensors, of the products; TF32 or not.
+# Of the image, of the parameters, of the products; TF32 or not.
 PRECISIONS = [
-    (torch.float32, None, False),
-    (torch.float32, None, True),
-    (torch.float32, torch.bfloat16, False),
-    (torch.bfloat16, None, False),
-    (torch.float16, None, False),
+    (torch.float32, torch.float32, None, False),
+    (torch.float32, torch.float32, None, True),
+    (torch.float32, torch.float32, torch.bfloat16, False),
+    (torch.bfloat16, torch.bfloat16, None, False),
+    (torch.float16, torch.float16, None, False),
+    (torch.uint8, torch.float32, None, False),
+    (torch.uint8, torch.bfloat16, None, False),
 ]
 
 
@@ -53,23 +55,33 @@ def main() -> int:
 
 
 def call(
-    shape: tuple[Any, ...], layout: str, dtype: torch.dtype, compute_dtype: torch.dtype | None, tf32: bool
+    shape: tuple[Any, ...],
+    layout: str,
+    image_dtype: torch.dtype,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    tf32: bool,
 ) -> list[Tensor]:
     """The result and all gradients, on the CPU."""
     batch, channels, (rows, columns), patch, stride, kernel, c, legacy = shape
     m = -(-patch[0] // stride) * -(-patch[1] // stride)
     image = torch.randn(batch, channels, rows * patch[0], columns * patch[1])
+    statistics: tuple[Any, Any] = (None, None)
+    if image_dtype == torch.uint8:
+        image, statistics = 255 * image.sigmoid(), ([0.5] * channels, [0.2] * channels)
     weight = torch.randn(c, channels, kernel, kernel) * (channels * kernel**2) ** -0.5
-    tensors = [placed(t, layout, dtype) for t in (image, weight, torch.randn(c), torch.randn(1, m, c))]
+    parameters = (weight, torch.randn(c), torch.randn(1, m, c))
+    tensors = [placed(image, layout, image_dtype), *(placed(t, layout, dtype) for t in parameters)]
     grad = placed(torch.randn(batch * rows * columns, m, c), layout, dtype)
-    options = (*patch, stride, legacy, compute_dtype)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    options = (*patch, stride, legacy, compute_dtype, *statistics)
+    needed = [image_dtype != torch.uint8, True, True, True]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         out = cuda.pixel_embed(*tensors, *options)
-        gradients = cuda.pixel_embed_backward(grad, [True] * 4, *tensors, *options)
+        gradients = cuda.pixel_embed_backward(grad, needed, *tensors, *options)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
     return [value.cpu() for value in (out, *gradients)]
 
 

@@ -265,8 +265,9 @@ def test_the_calls_that_are_sanitized(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def forward(*arguments: Any) -> torch.Tensor:
-        image, weight, *_, compute_dtype = arguments
-        seen.append((weight.shape[0], image.dtype, compute_dtype, torch.backends.cuda.matmul.allow_tf32))
+        image, weight, *_, compute_dtype, _mean, _std = arguments
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        seen.append((weight.shape[0], image.dtype, weight.dtype, compute_dtype, tf32))
         return torch.ops.tnt_kernels.pixel_embed.default(*arguments)
 
     monkeypatch.setattr(cuda_calls.cuda, "pixel_embed", forward)
@@ -279,7 +280,7 @@ def test_the_calls_that_are_sanitized(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda_calls.main() == 0
     assert {c for c, *_ in seen} >= {12, 24, 40, 48, 37, 70}
     assert {tuple(rest) for _, *rest in seen} == set(cuda_calls.PRECISIONS)
-    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def test_the_plan_names_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

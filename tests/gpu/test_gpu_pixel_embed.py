@@ -24,6 +24,7 @@ from gradients import assert_gradients_as_accurate, tensors_of
 from oracle import assert_as_accurate
 from torch import Tensor
 
+from tnt_kernels.backends import reference
 from tnt_kernels.dispatch import can_run, choose, use_backend
 
 OP = "pixel_embed"
@@ -51,7 +52,7 @@ def spread(image: Tensor) -> Tensor:
 
 def wider(image: Tensor) -> Tensor:
     """The same values in a larger image: rows that start at no multiple of 16 bytes."""
-    wide = image.new_full((*image.shape[:-1], image.shape[-1] + 5), torch.nan)
+    wide = image.new_zeros((*image.shape[:-1], image.shape[-1] + 5))
     wide[..., 3:-2] = image
     return wide[..., 3:-2]
 
@@ -145,6 +146,34 @@ def test_parameters_of_other_dtypes(backend: str) -> None:
     eager, exact = eager_and_exact(OP, given)
     assert out.dtype == eager.dtype == torch.float32  # widened by the position
     assert_as_accurate(out, eager, exact)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "wider", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["pixel_embed c=24", "pixel_embed patch=14 stride=7"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uint8_with_mean_and_std(backend: str, case: str, dtype: torch.dtype, layout: str) -> None:
+    _, given = make(case, dtype)
+    image = torch.randint(0, 256, given["image"].shape, dtype=torch.uint8, device=given["image"].device)
+    statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    normalized = {**given, "image": reference.normalized(image, dtype, **statistics)}
+    exact = {**exactly(given), "image": reference.normalized(image, torch.float64, **statistics)}
+    bytes_ = LAYOUTS[layout](image) if layout in LAYOUTS else image
+    assert torch.equal(bytes_, image)
+    out = ours(OP, {**given, "image": bytes_, **statistics}, backend=backend)
+    assert out.dtype == dtype
+    assert_as_accurate(out, eager_and_exact(OP, normalized)[0], eager_and_exact(OP, exact)[1])
+
+    grad, names = upstream(OP, normalized), ["weight", "bias", "position"]
+    values = {**given, **{name: given[name].detach().requires_grad_() for name in names}}
+    with use_backend(backend):
+        words = public(OP)(**{**values, "image": bytes_}, **statistics)
+        found = torch.autograd.grad(words, [values[name] for name in names], grad)
+    assert_gradients_as_accurate(
+        dict(zip(names, found, strict=True)),
+        plain_gradients(OP, normalized, grad),
+        plain_gradients(OP, exact, grad.double()),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
