@@ -82,14 +82,17 @@ def test_any_strides(case: str, backend: str) -> None:
     assert torch.equal(ours(op, strided, backend=backend), ours(op, given, backend=backend))
 
 
-def test_tf32_is_torchs_switch() -> None:
-    op, given = make("inner_block c=24")
+@pytest.mark.parametrize(
+    ("case", "backend"), [run for run in USUAL_RUNS if run[0] in ("inner_block c=24", "pixel_embed c=24")]
+)
+def test_tf32_is_torchs_switch(case: str, backend: str) -> None:
+    op, given = make(case)
     exact = eager_and_exact(op, given)[1]
     errors = []
     for allowed in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = allowed
         try:
-            errors.append((ours(op, given).double() - exact).abs().max().item())
+            errors.append((ours(op, given, backend=backend).double() - exact).abs().max().item())
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False
     assert errors[0] < 1e-5 < errors[1] < 1e-1, errors
