@@ -21,6 +21,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+from tnt_kernels import native
 from tnt_kernels.bench import cuda_resources, resources
 from tnt_kernels.bench.kernel_cases import ARGUMENTS, PRECISIONS, cases
 
@@ -63,9 +64,7 @@ def main() -> int:
     else:
         print(resources.report(rows))
         print(f"\nCUDA kernels{f', nvcc {cuda.nvcc}' if cuda.nvcc else ''}\n")
-        print(
-            cuda_resources.report(cuda.rows) if cuda.rows else cuda_resources.why_missing() or "none chosen"
-        )
+        print(cuda_resources.report(cuda.rows) if cuda.rows else native.why_no_cuda() or "none chosen")
     limits = resources.load_limits(LIMITS)
     found = [*resources.violations(rows, limits), *cuda_resources.violations(cuda, limits)]
     for line in found:
@@ -75,7 +74,7 @@ def main() -> int:
 
 def cuda_kernels(ops: list[str], architectures: list[int]) -> cuda_resources.Module:
     """Those of the native module that are chosen; none where it has none."""
-    if "pixel_embed" not in ops or cuda_resources.why_missing() is not None:
+    if "pixel_embed" not in ops or native.why_no_cuda() is not None:
         return cuda_resources.Module("", ())
     module = cuda_resources.measure()
     return cuda_resources.Module(

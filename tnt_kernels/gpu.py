@@ -57,7 +57,7 @@ def _why_no_cuda(device: int) -> str | None:
         return "torch sees no GPU"
     cuda = native.cuda()
     if cuda is None:
-        return native.why_missing() or "the native module was built without CUDA kernels"
+        return native.why_no_cuda()
     if torch.version.hip is not None:
         return f"GPU {device} is not NVIDIA's"
     major, minor = torch.cuda.get_device_capability(device)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  first: the native module must find torch's OpenMP runtime loaded
 
-__all__ = ["cuda", "cuda_targets", "load", "warn_once", "why_missing"]
+__all__ = ["cuda", "cuda_targets", "load", "warn_once", "why_missing", "why_no_cuda"]
 
 _HOW_TO_GET = "build it with `pip install .` in a checkout (a C++17 compiler is needed)"
 
@@ -62,6 +62,11 @@ def why_missing() -> str | None:
 def cuda() -> ModuleType | None:
     """Returns the part of the native module for NVIDIA GPUs, or None where it was built without."""
     return getattr(_module, "cuda", None)
+
+
+def why_no_cuda() -> str | None:
+    """Returns None when the native module has CUDA kernels, otherwise the reason why not."""
+    return None if cuda() is not None else _reason or "the native module was built without CUDA kernels"
 
 
 def cuda_targets() -> str:

@@ -40,7 +40,7 @@ def _backend(item: pytest.Item) -> str | None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _left_out:
-        why = native.why_missing() or "the native module was built without CUDA kernels"
+        why = native.why_no_cuda()
         terminalreporter.write_line(
             f"tnt_kernels: {len(_left_out)} tests of the cuda backend: NOT RUN, {why}"
         )

@@ -70,13 +70,6 @@ class Module:
     rows: tuple[Row, ...]
 
 
-def why_missing() -> str | None:
-    """Returns None when the native module has CUDA kernels, otherwise the reason why it has not."""
-    if native.cuda() is not None:
-        return None
-    return native.why_missing() or "the native module was built without CUDA kernels"
-
-
 def built_for() -> list[int]:
     """The architectures whose machine code the native module says that it has."""
     cuda = native.cuda()
@@ -87,7 +80,7 @@ def measure() -> Module:
     """The kernels of the native module. Raises RuntimeError where it has none."""
     module, cuda = native.load(), native.cuda()
     if module is None or cuda is None:
-        raise RuntimeError(str(why_missing()))
+        raise RuntimeError(native.why_no_cuda())
     return read(Path(str(module.__file__)), cuda.version)
 
 

@@ -75,7 +75,7 @@ def _backends() -> list[dict[str, Any]]:
             except ValueError as error:
                 why = str(error)
         elif name == "cuda":
-            why = _why_not_on_gpus(gpu.why_no_cuda)
+            why = native.why_no_cuda() or _why_not_on_gpus(gpu.why_no_cuda)
         elif name == "triton":
             why = _why_not_on_gpus(gpu.why_unusable)
         found.append({"name": name, "usable": not why, "reason": why})
