@@ -149,7 +149,7 @@ def _read_cubin(path: Path) -> list[Row]:
 
 
 def _programs(code: str) -> Iterator[tuple[str, str]]:
-    """Symbol and machine code of each kernel, without the encodings, which are most of what is printed."""
+    """Symbol and machine code of each kernel."""
     for part in re.split(r"^\s*Function : ", code, flags=re.MULTILINE)[1:]:
         symbol, _, text = part.partition("\n")
         yield symbol.strip(), text

@@ -70,7 +70,7 @@ def work(case: KernelCase) -> tuple[float, float]:
     tokens = float(TOKENS[0] * TOKENS[1])
     attention, mlp = 4 * c * c + 2 * case.sizes.get("m", WORDS) * c, 8 * c * c  # products of a word
     if case.op == "pixel_embed":
-        # 3 channels and a stride of 4 over patches of 16: 3 pixels for each word and each row of its square.
+        # A word for every 4 x 4 pixels of 3 channels.
         image, products = words * 3 * _STRIDE * _STRIDE, words * c * 3 * _KERNEL * _KERNEL
         if not case.backward:
             return image + words * c, 2 * products

@@ -1,6 +1,7 @@
 """The pixel embedding against other ways to compute it: our backends, eager PyTorch, cuDNN, Inductor.
 
-Images and parameters are of one dtype, as the goals have it; benchmarks/ops.py has autocast.
+Images and parameters are of one dtype, as the goals have it; benchmarks/ops.py has autocast. In float32 cuDNN
+convolves in TF32, as PyTorch lets it by default; our kernels then do not.
 """
 
 from __future__ import annotations
