@@ -6,6 +6,13 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 
 .PHONY: demo train-demo test bench lint format sanitize clean native
 
+# What is shown on this machine needs no kernels for other GPUs than its own; compiling those takes minutes.
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+demo train-demo bench: export TNT_BUILD_CUDA ?= 0
+else
+demo train-demo bench: export TNT_CUDA_ARCHS ?= native
+endif
+
 demo: $(VENV)/.programs native
 	$(BIN)/python -m tnt_kernels demo
 
