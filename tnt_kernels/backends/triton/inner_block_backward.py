@@ -76,7 +76,9 @@ def add_columns(sum_ptr, a, started, PRECISION: tl.constexpr):
     sums = tl.dot(tl.trans(a), tl.full([a.shape[0], 16], 1.0, a.dtype), input_precision=PRECISION)
     column = tl.arange(0, 16)[None, :]
     ptr = sum_ptr + tl.arange(0, N)[:, None] + 0 * column
-    before = tl.load(ptr, mask=(column == 0) & started, other=0.0)
+    # A block first: in Triton 3.9's interpreter (column == 0) & started is of int32.
+    loaded = (column == 0) & (tl.full(column.shape, 1, tl.int1) & started)
+    before = tl.load(ptr, mask=loaded, other=0.0)
     tl.store(ptr, before + sums, mask=tl.broadcast_to(column == 0, [N, 16]))
 
 
