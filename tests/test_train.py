@@ -183,13 +183,14 @@ def test_a_second_ctrl_c_leaves_at_once():
 def test_fast_tnt_and_the_reference_give_the_same_losses(amp):
     """From the same seed, with drop path: over 50 steps on the digits."""
     arguments = [*TINY_MODEL, "--epochs", "3", "--warmup-epochs", "1", "--drop-path", "0.2", "--log-steps"]
-    arguments += ["--batch-size", "64", "--amp", amp]
+    arguments += ["--batch-size", "64", "--lr", "2e-3", "--amp", amp]
     assert run(*arguments, "--output", "fast") == 0
     assert run(*arguments, "--output", "plain", "--reference") == 0
     fast, plain = losses("fast")[:50], losses("plain")[:50]
     assert len(fast) == 50
     assert max(abs(a - b) for a, b in zip(fast, plain, strict=True)) <= (1e-4 if amp == "none" else 2e-2)
-    assert fast[-1] < fast[0] - 0.01
+    # Of ten steps each: a batch's loss is half noise, and another torch or numpy shuffles otherwise.
+    assert sum(fast[-10:]) / 10 < sum(fast[:10]) / 10 - 0.01
 
 
 TIMM_TNT = [
