@@ -27,6 +27,9 @@ from triton.compiler import ASTSource
 from tnt_kernels.backends.triton.runtime import Launch
 from tnt_kernels.bench.environment import usable_cores
 
+# From Triton 3.7 on a launch names the (absent) attributes of constants too, which its cache's key tells.
+CONSTANTS_HAVE_ATTRIBUTES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
 # Kinds of instructions, by what their names begin with; the first that fits. GMMA and UTC*MMA are the tensor
 # cores' of sm_90 and sm_100.
 KINDS: dict[str, str] = {
@@ -102,8 +105,9 @@ def compilation_of(launch: Launch, architecture: int) -> Compilation:
         signature.append((parameter.name, kind))
         if kind == "constexpr":
             constants.append((position, value))
-            found = ""
-        if isinstance(found, str):
+            if CONSTANTS_HAVE_ATTRIBUTES:
+                attributes.append((position, False))
+        elif isinstance(found, str):
             attributes.append((position, "D" in found))
     return Compilation(
         launch.kernel.fn.__module__,
